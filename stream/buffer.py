@@ -1,0 +1,581 @@
+"""Readings of one partition, placed on the event-time grid, become windows ready to be scored.
+
+Pure bookkeeping: no clock, no Kafka, no model. A slot is `timestamp_ms // period_ms`. The
+watermark is the largest event time accepted so far; a slot closes when `watermark - lateness`
+reaches its end, so what closes depends on the log alone and not on when or how it was read.
+
+                 closed (scored once)      open
+    slots   ... | 41 | 42 | 43 | 44 || 45 | 46 |
+                  <--- window of 43 --->          ^ watermark (in 46), lateness 1 slot
+
+After a crash the next owner restores the per-entity snapshots, starts again at `replay_point()`
+and runs the same code with `emit` off up to the committed offset ("priming").
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.decide import AlertState
+from stream.records import ReadingBatch
+
+Float32 = NDArray[np.float32]
+Rows = NDArray[np.intp]
+
+# A partition without any reading has no watermark yet.
+NO_WATERMARK = -(2**62)
+
+
+class Profiles(Protocol):
+    """What the buffer asks of the model: statistics of entities (`tsdiff.detector.Detector`)."""
+
+    def row(self, entity: str) -> int:
+        """Row of an entity seen in training; -1 for one never seen."""
+
+    def statistics(self, row: int) -> tuple[Float32, Float32]:
+        """Mean and scale (D,) of that row; of all entities together for -1."""
+
+    def fit_statistics(
+        self, count: NDArray[np.float64], total: NDArray[np.float64], total_sq: NDArray[np.float64]
+    ) -> tuple[Float32, Float32]:
+        """Mean and scale (D,) from running sums (D,) of one entity's readings."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The shape of time: all counts are grid slots."""
+
+    period_ms: int
+    channels: int
+    window: int
+    history: int
+    streams: int
+    lateness_ms: int = 0
+    warmup_slots: int = 16
+    """Slots an entity of the training set spends in `warming`: its first window fills up."""
+    newcomer_slots: int = 256
+    """The same for an entity never seen in training: its statistics are collected meanwhile."""
+    stale_after_slots: int = 5
+    ttl_slots: int = 1440
+    decision_slots: int = 8
+    """How many past scores the alert rule looks back on; they are rebuilt by priming."""
+    snapshot_slots: int = 64
+    span: int = 16
+    """At most so many slots of an entity are closed at a time, which bounds the ring."""
+
+    @property
+    def lateness_slots(self) -> int:
+        """Open slots behind the watermark's own."""
+        return -(-self.lateness_ms // self.period_ms)
+
+    @property
+    def ring(self) -> int:
+        """Slots kept per entity: the window, a span being closed, and what is still open."""
+        return self.window - 1 + self.span + self.lateness_slots + 2
+
+    @property
+    def replay_slots(self) -> int:
+        """How far back the log must be read so that priming rebuilds everything exactly."""
+        scores = self.window - 1 + self.history + self.decision_slots
+        return max(scores, self.snapshot_slots + self.span + 1)
+
+    def closed_before(self, watermark_ms: int) -> int:
+        """The first slot that is still open at this watermark."""
+        return (watermark_ms - self.lateness_ms) // self.period_ms
+
+
+class ReplayPoint(NamedTuple):
+    """Where reading must start again, and the watermark just before that offset."""
+
+    offset: int
+    watermark_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntitySnapshot:
+    """What of an entity outlives the replayed part of the log; as of the end of slot `slot`."""
+
+    entity: str
+    slot: int
+    first_slot: int
+    silent: int
+    alert: AlertState
+    sums: NDArray[np.float64] | None = None
+    """(3, D) count, sum and sum of squares while a newcomer's statistics are collected."""
+    statistics: Float32 | None = None
+    """(2, D) mean and scale of an entity that the model has never seen."""
+
+
+class Span(NamedTuple):
+    """G entities with T consecutive closed slots each, ready for `Detector.detect`."""
+
+    rows: Rows
+    first_slot: int
+    values: Float32
+    mean: Float32
+    scale: Float32
+    model_rows: NDArray[np.int32]
+    history: Float32
+
+    @property
+    def width(self) -> int:
+        """W - 1 + T: the window's earlier slots come first in `values`."""
+        return int(self.values.shape[1])
+
+
+class Closing(NamedTuple):
+    """T consecutive slots that have just closed, for n entities. False/NaN where not `present`."""
+
+    first_slot: int
+    rows: Rows
+    present: NDArray[np.bool_]
+    warming: NDArray[np.bool_]
+    silent: NDArray[np.int64]
+    values: Float32
+    emit: bool
+    spans: tuple[Span, ...]
+
+
+@dataclass
+class Placement:
+    """What happened to the readings of one batch; merged into metrics by the service."""
+
+    placed: int = 0
+    late: int = 0
+    duplicates: int = 0
+
+
+@dataclass
+class _Entity:
+    name: str
+    alert: AlertState
+    sums: NDArray[np.float64] | None = None
+
+
+@dataclass
+class PartitionBuffer:
+    """All open windows of one partition."""
+
+    grid: Grid
+    profiles: Profiles
+    watermark_ms: int = NO_WATERMARK
+    prime_until: int = 0
+    """Offsets below this were committed before: they rebuild state and emit nothing."""
+    prime_watermark_ms: int = NO_WATERMARK
+    placement: Placement = field(default_factory=Placement)
+
+    def __post_init__(self) -> None:
+        """Allocate for a few entities; the arrays double when they are full."""
+        self.names: dict[str, int] = {}
+        self.entities: list[_Entity | None] = []
+        self._free: list[int] = []
+        self._dirty: set[int] = set()
+        self._newcomers: set[int] = set()
+        self._gone: list[str] = []
+        self._slot_offsets: dict[int, ReplayPoint] = {}
+        self._closed = self.grid.closed_before(self.watermark_ms)
+        self._allocate(8)
+
+    @property
+    def priming(self) -> bool:
+        """Whether the buffer is still being rebuilt."""
+        return self.prime_until > 0
+
+    @property
+    def next_slot(self) -> int:
+        """The oldest open slot."""
+        return self._closed
+
+    # -- entities ------------------------------------------------------------------------------
+
+    def _allocate(self, capacity: int) -> None:
+        grid = self.grid
+
+        def grown(name: str, shape: tuple[int, ...], dtype: type, fill: float) -> None:
+            array: NDArray[Any] = np.full((capacity, *shape), fill, dtype)
+            old = getattr(self, name, None)
+            if old is not None:
+                array[: len(old)] = old
+            setattr(self, name, array)
+
+        start = len(self.entities)
+        grown("_ring", (grid.ring, grid.channels), np.float32, np.nan)
+        grown("_history", (grid.history, grid.streams), np.float32, np.nan)
+        grown("_mean", (grid.channels,), np.float32, 0.0)
+        grown("_scale", (grid.channels,), np.float32, 1.0)
+        grown("_model_row", (), np.int32, -1)
+        grown("_first", (), np.int64, 0)
+        grown("_ready", (), np.int64, 0)
+        grown("_silent", (), np.int64, 0)
+        grown("_restored", (), np.int64, -(2**62))
+        grown("_snapshot", (), np.int64, -(2**62))
+        grown("_alive", (), np.bool_, False)
+        self.entities.extend([None] * (capacity - start))
+        self._free.extend(range(capacity - 1, start - 1, -1))
+
+    _ring: Float32 = field(init=False, repr=False)
+    _history: Float32 = field(init=False, repr=False)
+    _mean: Float32 = field(init=False, repr=False)
+    _scale: Float32 = field(init=False, repr=False)
+    _model_row: NDArray[np.int32] = field(init=False, repr=False)
+    _first: NDArray[np.int64] = field(init=False, repr=False)
+    _ready: NDArray[np.int64] = field(init=False, repr=False)
+    _silent: NDArray[np.int64] = field(init=False, repr=False)
+    # Slots up to this one are in the snapshot already; priming must not count them again.
+    _restored: NDArray[np.int64] = field(init=False, repr=False)
+    _snapshot: NDArray[np.int64] = field(init=False, repr=False)
+    _alive: NDArray[np.bool_] = field(init=False, repr=False)
+
+    def _add(self, name: str, first_slot: int) -> int:
+        if not self._free:
+            self._allocate(2 * len(self.entities))
+        row = self._free.pop()
+        model_row = self.profiles.row(name)
+        known = model_row >= 0
+        self._ring[row] = np.nan
+        self._history[row] = np.nan
+        self._mean[row], self._scale[row] = self.profiles.statistics(model_row)
+        self._model_row[row] = model_row
+        self._first[row] = first_slot
+        self._ready[row] = first_slot + (
+            self.grid.warmup_slots if known else self.grid.newcomer_slots
+        )
+        self._silent[row] = 0
+        self._restored[row] = -(2**62)
+        self._snapshot[row] = first_slot
+        self._alive[row] = True
+        sums = None if known else np.zeros((3, self.grid.channels))
+        self.entities[row] = _Entity(name, AlertState(), sums)
+        if not known:
+            self._newcomers.add(row)
+        self.names[name] = row
+        self._dirty.add(row)
+        return row
+
+    def _remove(self, row: int) -> None:
+        entity = self.entity(row)
+        del self.names[entity.name]
+        self._alive[row] = False
+        self.entities[row] = None
+        self._free.append(row)
+        self._dirty.discard(row)
+        self._newcomers.discard(row)
+        self._gone.append(entity.name)
+
+    def entity(self, row: int) -> _Entity:
+        """The record of one live row."""
+        entity = self.entities[row]
+        if entity is None:
+            raise KeyError(f"row {row} holds no entity")
+        return entity
+
+    def restore(self, snapshots: list[EntitySnapshot]) -> None:
+        """Bring back the entities of a partition as they were when it was last committed."""
+        for snapshot in snapshots:
+            row = self._add(snapshot.entity, snapshot.first_slot)
+            entity = self.entity(row)
+            entity.alert = snapshot.alert
+            self._silent[row] = snapshot.silent
+            self._restored[row] = self._snapshot[row] = snapshot.slot
+            if self._model_row[row] >= 0:
+                continue
+            if snapshot.statistics is not None:
+                self._mean[row], self._scale[row] = snapshot.statistics
+                entity.sums = None
+                self._newcomers.discard(row)
+            elif snapshot.sums is not None:
+                entity.sums = snapshot.sums.copy()
+            else:
+                # The model that knew this entity was exchanged for one that does not.
+                self._first[row] = snapshot.slot + 1
+                self._ready[row] = snapshot.slot + 1 + self.grid.newcomer_slots
+        self._dirty.clear()
+
+    def snapshots(self) -> tuple[list[EntitySnapshot], list[str]]:
+        """Snapshots that are due since the last call, and the names of entities that are gone."""
+        last = self._closed - 1
+        due = []
+        for row in sorted(self._dirty):
+            entity = self.entity(row)
+            self._snapshot[row] = last
+            never_seen = self._model_row[row] < 0
+            fitted = never_seen and entity.sums is None
+            due.append(
+                EntitySnapshot(
+                    entity=entity.name,
+                    slot=last,
+                    first_slot=int(self._first[row]),
+                    silent=int(self._silent[row]),
+                    alert=entity.alert,
+                    sums=None if entity.sums is None else entity.sums.copy(),
+                    statistics=np.stack([self._mean[row], self._scale[row]]) if fitted else None,
+                )
+            )
+        gone = [name for name in self._gone if name not in self.names]
+        self._dirty.clear()
+        self._gone.clear()
+        return due, gone
+
+    def mark_dirty(self, row: int) -> None:
+        """Ask for a snapshot of this entity with the next commit (its alert state changed)."""
+        self._dirty.add(row)
+
+    def replay_point(self, next_offset: int) -> ReplayPoint:
+        """Where to start reading again so that every window open now can be rebuilt."""
+        oldest = self._closed - self.grid.replay_slots
+        for slot in [s for s in self._slot_offsets if s < oldest]:
+            del self._slot_offsets[slot]
+        here = ReplayPoint(next_offset, self.watermark_ms)
+        return min(self._slot_offsets.values(), key=lambda p: p.offset, default=here)
+
+    # -- readings ------------------------------------------------------------------------------
+
+    def advance(self, batch: ReadingBatch) -> Iterator[Closing]:
+        """Place the readings of a batch; yield the slots they close, oldest first.
+
+        The caller scores each closing's spans and hands the streams to `keep_streams` before it
+        asks for the next closing, because the next one's history needs them.
+        """
+        start = 0
+        if self.priming:
+            start = int(np.searchsorted(batch.offsets, self.prime_until))
+            yield from self._advance(batch, 0, start)
+            if batch.next_offset >= self.prime_until:
+                yield from self.finish_priming()
+        yield from self._advance(batch, start, len(batch.entities))
+
+    def finish_priming(self) -> Iterator[Closing]:
+        """The committed offset is reached: what was closed then is closed now, silently."""
+        if self.watermark_ms == NO_WATERMARK:
+            self._skip_to(self.grid.closed_before(self.prime_watermark_ms))
+        self.watermark_ms = max(self.watermark_ms, self.prime_watermark_ms)
+        yield from self._close(self.grid.closed_before(self.watermark_ms))
+        self.prime_until = 0
+
+    def _advance(self, batch: ReadingBatch, start: int, stop: int) -> Iterator[Closing]:
+        if start == stop:
+            return
+        grid = self.grid
+        timestamps = batch.timestamps_ms[start:stop]
+        keep = np.ones(len(timestamps), bool)
+        if self.priming:
+            # Nothing accepted before the commit was newer than its watermark.
+            keep = timestamps <= self.prime_watermark_ms
+        accepted = np.where(keep, timestamps, NO_WATERMARK)
+        watermarks = np.maximum.accumulate(np.maximum(accepted, self.watermark_ms))
+        before = np.concatenate([[self.watermark_ms], watermarks[:-1]])
+        slots = timestamps // grid.period_ms
+        late = slots < (before - grid.lateness_ms) // grid.period_ms
+        keep &= ~late
+        if self.priming:
+            # Who is unknown now was gone at the commit, or never got past being late.
+            keep &= np.array([e in self.names for e in batch.entities[start:stop]])
+        else:
+            self.placement.late += int(np.sum(late))
+        # A message may hold several readings: replaying it starts before its first one.
+        offsets = batch.offsets[start:stop]
+        before = before[np.searchsorted(offsets, offsets)]
+
+        newest = watermarks // grid.period_ms
+        index = 0
+        while index < len(timestamps):
+            if newest[index] == NO_WATERMARK // grid.period_ms:
+                index += 1  # nothing accepted yet at all
+                continue
+            if self.watermark_ms == NO_WATERMARK or not self.names:
+                # Nobody is waiting: skip straight to the present instead of closing empty slots.
+                self._skip_to(grid.closed_before(int(watermarks[index])))
+            # What fits into the ring beside the windows of the slots that are still open.
+            limit = self._closed + grid.span + grid.lateness_slots
+            end = index + int(np.searchsorted(newest[index:], limit, side="right"))
+            if end > index:
+                chosen = np.flatnonzero(keep[index:end]) + index
+                self._place(batch, start, chosen, slots, before)
+                self.watermark_ms = int(watermarks[end - 1])
+                yield from self._close(grid.closed_before(self.watermark_ms))
+                index = end
+            else:
+                # One reading jumps ahead of the ring; all behind it is closed before it is placed.
+                yield from self._close(grid.closed_before(int(watermarks[index])))
+
+    def _skip_to(self, slot: int) -> None:
+        self._closed = max(slot, self._closed)
+        self._slot_offsets = {s: p for s, p in self._slot_offsets.items() if s >= slot}
+
+    def _place(
+        self,
+        batch: ReadingBatch,
+        start: int,
+        chosen: Rows,
+        slots: NDArray[np.int64],
+        before: NDArray[np.int64],
+    ) -> None:
+        if not self.priming:
+            self.placement.placed += len(chosen)
+        # A reading without any value moves the watermark and says nothing else.
+        chosen = chosen[~np.isnan(batch.values[start + chosen]).all(axis=1)]
+        if not len(chosen):
+            return
+        names = self.names
+        rows = np.empty(len(chosen), np.intp)
+        for i, j in enumerate(chosen.tolist()):
+            name = batch.entities[start + j]
+            row = names.get(name)
+            rows[i] = self._add(name, int(slots[j])) if row is None else row
+        at = slots[chosen]
+        # A newcomer's readings may arrive out of order while its first slots are open.
+        earlier = at < self._first[rows]
+        for row, slot in zip(rows[earlier].tolist(), at[earlier].tolist(), strict=True):
+            if slot < self._first[row] and self._closed <= slot:
+                shift = int(self._first[row]) - slot
+                self._first[row] -= shift
+                self._ready[row] -= shift
+                self._dirty.add(row)
+        for i in np.unique(at, return_index=True)[1].tolist():
+            slot = int(at[i])
+            if slot not in self._slot_offsets:
+                j = int(chosen[i])
+                point = ReplayPoint(int(batch.offsets[start + j]), int(before[j]))
+                self._slot_offsets[slot] = point
+        positions = at % self.grid.ring
+        values = batch.values[start + chosen]
+        key = rows.astype(np.int64) * self.grid.ring + positions
+        rank = _rank_within(key)
+        for turn in range(int(rank.max()) + 1):
+            now = rank == turn
+            old = self._ring[rows[now], positions[now]]
+            new = values[now]
+            given = ~np.isnan(new)
+            if not self.priming:
+                self.placement.duplicates += int(np.sum((given & ~np.isnan(old)).any(axis=1)))
+            self._ring[rows[now], positions[now]] = np.where(given, new, old)
+
+    # -- closing -------------------------------------------------------------------------------
+
+    def _close(self, until: int) -> Iterator[Closing]:
+        while self._closed < until:
+            if not self.names:
+                self._skip_to(until)
+                return
+            stop = min(until, self._closed + self.grid.span)
+            # An entity's end always ends a span, so that it does not depend on the batching.
+            expiry = self._closed + self.grid.ttl_slots - int(self._silent[self._alive].max())
+            stop = min(stop, expiry + 1)
+            closing = self._close_span(self._closed, stop)
+            self._closed = stop
+            if len(closing.rows):
+                yield closing
+            self._retire(closing)
+
+    def _close_span(self, start: int, stop: int) -> Closing:
+        grid = self.grid
+        slots = np.arange(start, stop)
+        rows = np.flatnonzero(self._alive)
+        rows = rows[self._first[rows] < stop]
+        values = self._ring[rows[:, None], slots % grid.ring]
+        counted = slots[None, :] > self._restored[rows][:, None]
+        born = slots[None, :] >= self._first[rows][:, None]
+        heard = np.asarray(~np.isnan(values).all(axis=2), bool)
+        silent = _running_silence(self._silent[rows], heard, counted & born)
+        present = born & (silent <= grid.ttl_slots)
+        self._silent[rows] = silent[:, -1]
+        self._collect_statistics(rows, values, present & counted, slots)
+        warming = present & (slots[None, :] < self._ready[rows][:, None])
+        closing = Closing(
+            first_slot=start,
+            rows=rows,
+            present=present,
+            warming=warming,
+            silent=silent,
+            values=values,
+            emit=not self.priming,
+            spans=tuple(self._spans(rows, start, stop)),
+        )
+        # Spread over slots by row; the age matters after a restart, when rows are dealt anew.
+        due = (slots[None, :] + rows[:, None]) % grid.snapshot_slots == 0
+        due |= slots[None, :] - self._snapshot[rows][:, None] >= grid.snapshot_slots
+        if not self.priming:
+            self._dirty.update(rows[(due & present).any(axis=1)].tolist())
+        return closing
+
+    def _collect_statistics(
+        self, rows: Rows, values: Float32, counted: NDArray[np.bool_], slots: NDArray[np.int64]
+    ) -> None:
+        for row in sorted(self._newcomers):
+            entity = self.entity(row)
+            i = int(np.searchsorted(rows, row))
+            if entity.sums is None or i == len(rows) or rows[i] != row:
+                continue
+            mine = values[i][counted[i] & (slots < self._ready[row])].astype(np.float64)
+            seen = ~np.isnan(mine)
+            filled = np.where(seen, mine, 0.0)
+            entity.sums += np.stack([seen.sum(0), filled.sum(0), (filled**2).sum(0)])
+            if slots[-1] >= self._ready[row] - 1:
+                self._mean[row], self._scale[row] = self.profiles.fit_statistics(*entity.sums)
+                entity.sums = None
+                self._newcomers.discard(row)
+                self._dirty.add(row)
+
+    def _spans(self, rows: Rows, start: int, stop: int) -> Iterator[Span]:
+        grid = self.grid
+        begins = np.maximum(self._ready[rows], start)
+        # Entities that get ready inside this span start later; mostly there is one group.
+        for begin in np.unique(begins[begins < stop]).tolist():
+            group = rows[begins == begin]
+            slots = np.arange(begin - grid.window + 1, stop)
+            yield Span(
+                rows=group,
+                first_slot=begin,
+                values=self._ring[group[:, None], slots % grid.ring],
+                mean=self._mean[group],
+                scale=self._scale[group],
+                model_rows=self._model_row[group],
+                history=self._history[group],
+            )
+
+    def keep_streams(self, span: Span, streams: Float32) -> None:
+        """Remember the stream values (G, T, S) of a span as history of the next one."""
+        if self.grid.history:
+            joined = np.concatenate([span.history, streams], axis=1)
+            self._history[span.rows] = joined[:, -self.grid.history :]
+
+    def _retire(self, closing: Closing) -> None:
+        """Free the slots that no window needs any more, and entities past their time to live."""
+        width = self.grid.window - 1
+        old = np.arange(closing.first_slot - width, self._closed - width) % self.grid.ring
+        self._ring[:, old] = np.nan
+        for row in closing.rows[closing.silent[:, -1] > self.grid.ttl_slots].tolist():
+            name, ring = self.entity(row).name, self._ring[row].copy()
+            self._remove(row)
+            still_open = np.arange(self._closed, self._closed + self.grid.ring - width)
+            heard = still_open[~np.isnan(ring[still_open % self.grid.ring]).all(axis=1)]
+            if len(heard):  # it is back already, as somebody new
+                self._gone.remove(name)
+                again = self._add(name, int(heard[0]))
+                self._ring[again, heard % self.grid.ring] = ring[heard % self.grid.ring]
+
+
+def _rank_within(key: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many equal keys come before each: `[7, 3, 7] -> [0, 0, 1]`."""
+    order = np.argsort(key, kind="stable")
+    ordered = key[order]
+    starts = np.r_[True, ordered[1:] != ordered[:-1]]
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(key)), 0))
+    rank = np.empty(len(key), np.int64)
+    rank[order] = np.arange(len(key)) - first
+    return rank
+
+
+def _running_silence(
+    before: NDArray[np.int64], heard: NDArray[np.bool_], counted: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Consecutive silent slots (n, T) after each slot, continuing `before` (n,)."""
+    silent = np.empty(heard.shape, np.int64)
+    run = before.copy()
+    for t in range(heard.shape[1]):
+        run = np.where(counted[:, t], np.where(heard[:, t], 0, run + 1), run)
+        silent[:, t] = run
+    return silent

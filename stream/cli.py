@@ -1,0 +1,250 @@
+"""The commands of `stream`: run, backfill, replay, demo. Thin: parse, build, call, print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tsdiff.durations import parse_duration_ms
+from tsdiff.errors import ConfigError
+
+_err: Final = Console(stderr=True)
+
+
+def _bar(total: int, what: str) -> tuple[Progress, Any]:
+    progress = Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_err,
+        # In a pipe there is nothing to redraw; the closing line says it all.
+        disable=not _err.is_terminal,
+    )
+    return progress, progress.add_task(what, total=total)
+
+
+def _overrides(settings: list[str]) -> dict[str, Any]:
+    """Read `--set section.key=value` pairs."""
+    pairs = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"expected --set section.key=value, got {setting!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Settings file (YAML); README lists the keys."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, section.key=value; may be repeated."),
+]
+
+
+def run(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    print_schema: Annotated[
+        bool, typer.Option("--print-schema", help="Print the settings' JSON Schema and end.")
+    ] = False,
+) -> None:
+    """Watch a Kafka topic: score every entity, tell Prometheus and Kafka, until stopped.
+
+    SIGTERM and Ctrl-C finish what was begun, commit it and leave the consumer group.
+
+    Examples:
+
+        tsdiff run -c tsdiff.yaml
+
+        tsdiff run --set model.path=bundle --set input.topic=telemetry
+
+        TSDIFF_INPUT__BOOTSTRAP_SERVERS=kafka:9092 tsdiff run -c tsdiff.yaml
+    """
+    from stream.config import json_schema, load_config  # noqa: PLC0415
+
+    if print_schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    loaded = load_config(config, _overrides(settings or []))
+    from stream.compose import Stop, load_model, run_service  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+
+    configure_logging(loaded.log.level, loaded.log.format)
+    stop = Stop()
+    with stop.on_signals():
+        run_service(loaded, load_model(loaded.model.path), stop)
+
+
+def backfill(
+    data: Annotated[
+        Path, typer.Argument(help="Parquet file, or a folder of entities, with the history.")
+    ],
+    model: Annotated[Path, typer.Option("--model", "-m", help="Bundle that `tsdiff train` made.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the scores.")],
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    part: Annotated[
+        str, typer.Option(help="In folders <entity>/{train,test}.parquet: which of them.")
+    ] = "test",
+) -> None:
+    """Score history: Parquet in, Parquet scores out, through the same loop as live.
+
+    A slot is scored once a later reading shows that it is over; the newest one stays open.
+
+    Examples:
+
+        tsdiff backfill history/ -m bundle -o scores.parquet
+
+        tsdiff backfill web-17.parquet -m bundle -o scores.parquet --set outputs.channels=all
+    """
+    from stream.backfill import backfill as score_history  # noqa: PLC0415
+    from stream.compose import load_model  # noqa: PLC0415
+    from stream.config import load_config  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+    from tsdiff.history import load_history  # noqa: PLC0415
+
+    # History has no topic; the key is there because live settings files have it.
+    overrides = {"model.path": str(model), "input.topic": "history", **_overrides(settings or [])}
+    loaded = load_config(config, overrides)
+    configure_logging("warning", loaded.log.format)
+    built = load_model(model)
+    history = load_history(
+        data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
+    )
+    for warning in history.warnings:
+        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    total = sum(len(e.timestamps_ms) for e in history.entities)
+    progress, task = _bar(total, "scoring")
+    with progress:
+        summary = score_history(
+            history, built, loaded, output, lambda done: progress.update(task, completed=done)
+        )
+        progress.update(task, completed=total)
+    firing = [a for a in summary.alerts if a.state == "firing"]
+    typer.echo(
+        f"{summary.readings} readings of {len(history.entities)} entities, {summary.scores} scores "
+        f"and {len(firing)} alerts -> {output}"
+    )
+
+
+def replay(
+    data: Annotated[
+        Path, typer.Argument(help="Parquet file, or a folder of entities, with the history.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="Topic to write to; it must exist.")],
+    bootstrap_servers: Annotated[
+        str, typer.Option("--bootstrap-servers", "-b", help="Brokers, host:port with commas.")
+    ] = "localhost:9092",
+    period: Annotated[
+        str, typer.Option(help="Length of a step where timestamps are step numbers.")
+    ] = "60s",
+    speed: Annotated[
+        float | None,
+        typer.Option(help="1 = real time, 600 = ten minutes a second; unset = at full speed."),
+    ] = None,
+    start_at: Annotated[
+        str, typer.Option(help="`original` timestamps, or shifted so that the first is `now`.")
+    ] = "original",
+    part: Annotated[
+        str, typer.Option(help="In folders <entity>/{train,test}.parquet: which of them.")
+    ] = "test",
+    config: ConfigOption = None,
+) -> None:
+    """Write history to a Kafka topic, keyed by entity: for drills, tests and demos.
+
+    Examples:
+
+        tsdiff replay history/ --to telemetry
+
+        tsdiff replay history/ --to telemetry --speed 600 --start-at now
+    """
+    from kafka import KafkaProducer  # noqa: PLC0415
+    from kafka.errors import KafkaError  # noqa: PLC0415
+
+    from stream.config import load_config  # noqa: PLC0415
+    from stream.errors import StreamError  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+    from stream.replay import PRODUCER_KWARGS
+    from stream.replay import replay as write  # noqa: PLC0415
+    from tsdiff.history import load_history  # noqa: PLC0415
+
+    if speed is not None and speed <= 0:
+        raise ConfigError(f"expected --speed above 0, got {speed:g}; leave it out for full speed")
+    if start_at not in {"original", "now"}:
+        raise ConfigError(f"expected --start-at original or now, got {start_at!r}")
+    configure_logging("warning", "console")
+    history = load_history(data, period_ms=parse_duration_ms(period), part=part)
+    for warning in history.warnings:
+        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if config is None:
+        client: dict[str, Any] = {"bootstrap_servers": bootstrap_servers.split(",")}
+    else:
+        loaded = load_config(config, {})
+        client = loaded.input.client_kwargs()
+    total = sum(len(e.timestamps_ms) for e in history.entities)
+    progress, task = _bar(total, "replaying")
+    try:
+        with (
+            progress,
+            KafkaProducer(**client, **PRODUCER_KWARGS, allow_auto_create_topics=False) as producer,
+        ):
+            summary = write(
+                history,
+                producer,
+                to,
+                period_ms=parse_duration_ms(period),
+                speed=speed,
+                start_at="now" if start_at == "now" else "original",
+                progress=lambda at: progress.update(task, completed=at.sent),
+            )
+    except KafkaError as error:
+        raise StreamError(
+            f"expected topic {to} at {','.join(client['bootstrap_servers'])}, got {error!r}; "
+            "create the topic, or name another broker with --bootstrap-servers"
+        ) from error
+    typer.echo(f"{summary.messages} readings of {len(history.entities)} entities -> {to}")
+
+
+def demo(
+    context: typer.Context,
+    host: Annotated[
+        bool, typer.Option("--host", help="Watch this machine (psutil) until Ctrl-C instead.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one line of JSON, for machines.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Another seed is another fleet and other faults.")] = 0,
+    entities: Annotated[int, typer.Option(min=8, help="Size of the simulated fleet.")] = 8,
+    listen: Annotated[
+        str, typer.Option(help="Address of /metrics while it runs; empty = off.")
+    ] = "127.0.0.1:9464",
+) -> None:
+    """Show everything in one process: fleet, faults, broker, training, live scores, a summary.
+
+    Nothing to install or to start besides `pip install 'tsdiff[demo]'`; about three minutes.
+
+    Examples:
+
+        tsdiff demo
+
+        tsdiff demo --json | tail -n 1
+
+        tsdiff demo --host
+    """
+    from stream.demo import run_demo, run_host  # noqa: PLC0415
+
+    train = context.obj.train
+    if host:
+        run_host(train, listen=listen)
+        return
+    summary = run_demo(train, seed=seed, entities=entities, listen=listen)
+    if as_json:
+        sys.stdout.write(json.dumps(summary) + "\n")

@@ -1,0 +1,300 @@
+"""Bytes to readings and records to bytes.
+
+The native input is one JSON object a message:
+
+    {"entity": "web-17", "timestamp": "2026-11-23T12:00:00Z", "values": {"cpu": 0.42, "mem": null}}
+
+A timestamp is RFC 3339 or epoch milliseconds. An absent or null channel, NaN and Infinity are
+missing values. Whatever cannot be read raises `DecodeError` with a reason from `REASONS`.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.buffer import EntitySnapshot, ReplayPoint
+from stream.decide import AlertState
+from stream.errors import DecodeError
+from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
+
+REASONS: Final = (
+    "empty",
+    "too_large",
+    "not_json",
+    "wrong_type",
+    "missing_field",
+    "bad_timestamp",
+    "future_timestamp",
+)
+MAX_ENTITY_CHARS: Final = 512
+# Beyond float32 a value can only become infinite; it is treated as the infinity it would be.
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+# Year 9999; later timestamps cannot be printed as RFC 3339.
+_LAST_TIMESTAMP_MS: Final = 253_402_300_799_999
+_encoder = msgspec.json.Encoder()
+
+
+class _Native(msgspec.Struct):
+    entity: str
+    timestamp: Annotated[datetime, msgspec.Meta(tz=True)] | int | float
+    values: dict[str, float | None]
+
+
+_decode_native = msgspec.json.Decoder(_Native).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One reading as it came: values by channel name, missing ones as `None` or absent."""
+
+    entity: str
+    timestamp_ms: int
+    values: dict[str, float | None]
+
+
+Decoder = Callable[[bytes], Sequence[Decoded]]
+
+
+def decode_native(value: bytes) -> Sequence[Decoded]:
+    """Read one native message."""
+    try:
+        message = _decode_native(value)
+    except msgspec.ValidationError as error:
+        raise _rejection(value, str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = _decode_lenient(value, str(error))
+    entity = message.entity
+    if not entity or len(entity) > MAX_ENTITY_CHARS:
+        raise DecodeError(
+            "missing_field" if not entity else "wrong_type",
+            f"expected an entity name of 1 to {MAX_ENTITY_CHARS} characters, got {len(entity)}",
+        )
+    return (Decoded(entity, _epoch_ms(message.timestamp), message.values),)
+
+
+def _decode_lenient(value: bytes, strict_error: str) -> _Native:
+    """Python and many exporters write bare NaN and Infinity, which JSON proper does not know."""
+    try:
+        document = json.loads(value)
+        return msgspec.convert(document, _Native)
+    except msgspec.ValidationError as error:
+        raise _rejection(value, str(error)) from None
+    except (ValueError, RecursionError):
+        raise DecodeError("not_json", f"expected a JSON object, got: {strict_error}") from None
+
+
+def _rejection(value: bytes, error: str) -> DecodeError:
+    if "missing required field" in error:
+        reason = "missing_field"
+    elif "$.timestamp" in error:
+        reason = "bad_timestamp"
+    else:
+        reason = "wrong_type"
+    return DecodeError(
+        reason,
+        'expected {"entity": text, "timestamp": RFC 3339 or epoch ms, '
+        f'"values": {{channel: number}}}}, got: {error}',
+    )
+
+
+def _epoch_ms(timestamp: datetime | float) -> int:
+    if isinstance(timestamp, datetime):
+        timestamp_ms = math.floor(timestamp.timestamp() * 1000 + 0.5)
+    elif math.isfinite(timestamp):
+        timestamp_ms = math.floor(timestamp)
+    else:
+        timestamp_ms = -1
+    if not 0 <= timestamp_ms <= _LAST_TIMESTAMP_MS:
+        raise DecodeError(
+            "bad_timestamp", f"expected a timestamp between 1970 and 9999, got {timestamp}"
+        )
+    return timestamp_ms
+
+
+DECODERS: Final[dict[str, Decoder]] = {"native": decode_native}
+
+
+class Columns:
+    """Collects decoded readings into columns of the model's channels."""
+
+    def __init__(self, channels: Sequence[str]) -> None:
+        self._channels = tuple(channels)
+        self._known = frozenset(channels)
+        self.entities: list[str] = []
+        self.timestamps_ms: list[int] = []
+        self.offsets: list[int] = []
+        self._rows: list[list[float | None]] = []
+        self.unknown_channels = 0
+
+    def add(self, reading: Decoded, offset: int) -> None:
+        """Append one reading; channels the model does not know are counted and left out."""
+        values = reading.values
+        if not self._known.issuperset(values):
+            self.unknown_channels += len(values.keys() - self._known)
+        get = values.get
+        self._rows.append([get(name) for name in self._channels])
+        self.entities.append(reading.entity)
+        self.timestamps_ms.append(reading.timestamp_ms)
+        self.offsets.append(offset)
+
+    def values(self) -> NDArray[np.float32]:
+        """Values (N, D); whatever is not a finite float32 is NaN, that is missing."""
+        wide = np.array(self._rows, np.float64).reshape(len(self._rows), len(self._channels))
+        wide[~(np.abs(wide) <= _FLOAT32_MAX)] = np.nan
+        return wide.astype(np.float32)
+
+
+# -- what leaves -------------------------------------------------------------------------------
+
+
+def rfc3339(timestamp_ms: int) -> str:
+    """Epoch milliseconds as text: `2026-11-23T12:00:00Z`, with milliseconds if there are any."""
+    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    timespec = "milliseconds" if timestamp_ms % 1000 else "seconds"
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+def _channels(channels: dict[str, ChannelScore]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {
+            "observed": c.observed,
+            "expected": c.expected,
+            "lower": c.lower,
+            "upper": c.upper,
+            "contribution": c.contribution,
+        }
+        for name, c in channels.items()
+    }
+
+
+def encode_score(score: SlotScore) -> bytes:
+    """One record of the scores topic."""
+    return _encoder.encode(
+        {
+            "entity": score.entity,
+            "timestamp": rfc3339(score.timestamp_ms),
+            "anomaly_score": score.anomaly_score,
+            "p_value": score.p_value,
+            "state": score.state,
+            "imputed_ratio": score.imputed_ratio,
+            "model": score.model,
+            "channels": _channels(score.channels),
+        }
+    )
+
+
+def encode_alert(alert: AlertEvent) -> bytes:
+    """One record of the alerts topic: a change of state."""
+    return _encoder.encode(
+        {
+            "entity": alert.entity,
+            "timestamp": rfc3339(alert.timestamp_ms),
+            "state": alert.state,
+            "previous": alert.previous,
+            "since": rfc3339(alert.since_ms),
+            "anomaly_score": alert.anomaly_score,
+            "model": alert.model,
+            "channels": _channels(alert.channels),
+        }
+    )
+
+
+def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
+    """Where a dead letter came from and why, as Kafka record headers."""
+    fields = {
+        "topic": letter.topic,
+        "partition": str(letter.partition),
+        "offset": str(letter.offset),
+        "reason": letter.reason,
+        "error": letter.error,
+    }
+    return [(name, text.encode()) for name, text in fields.items()]
+
+
+# -- state -------------------------------------------------------------------------------------
+
+_STATE_FORMAT: Final = 1
+
+
+def _pack(array: NDArray[Any] | None) -> str | None:
+    return None if array is None else base64.b64encode(array.tobytes()).decode("ascii")
+
+
+def _unpack(text: str | None, dtype: type, rows: int) -> NDArray[Any] | None:
+    if text is None:
+        return None
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(rows, -1).copy()
+
+
+def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
+    """One record of the state topic."""
+    return _encoder.encode(
+        {
+            "format": _STATE_FORMAT,
+            "entity": snapshot.entity,
+            "slot": snapshot.slot,
+            "first_slot": snapshot.first_slot,
+            "silent": snapshot.silent,
+            "alert": list(snapshot.alert),
+            "sums": _pack(snapshot.sums),
+            "statistics": _pack(snapshot.statistics),
+        }
+    )
+
+
+def decode_snapshot(value: bytes) -> EntitySnapshot | None:
+    """Read a state record back; `None` if another version wrote it in a way we cannot read."""
+    try:
+        record = msgspec.json.decode(value)
+        if record["format"] != _STATE_FORMAT:
+            return None
+        phase, since_slot, hot, calm = record["alert"]
+        if phase not in STATES:
+            return None
+        return EntitySnapshot(
+            entity=record["entity"],
+            slot=record["slot"],
+            first_slot=record["first_slot"],
+            silent=record["silent"],
+            alert=AlertState(phase, since_slot, hot, calm),
+            sums=_unpack(record["sums"], np.float64, 3),
+            statistics=_unpack(record["statistics"], np.float32, 2),
+        )
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        return None
+
+
+class CommitMetadata(msgspec.Struct, frozen=True):
+    """What the committed offset says besides itself (Kafka: at most 4 KiB of text)."""
+
+    replay_offset: int
+    replay_watermark_ms: int
+    watermark_ms: int
+    period_ms: int
+    format: int = 1
+
+    def encode(self) -> str:
+        """As the text that Kafka keeps beside the offset."""
+        return _encoder.encode(self).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> "CommitMetadata | None":
+        """Read it back; `None` if it is missing or of another version."""
+        try:
+            metadata = msgspec.json.decode(text.encode(), type=cls)
+        except (msgspec.DecodeError, AttributeError):
+            return None
+        return metadata if metadata.format == 1 else None
+
+    @property
+    def replay_point(self) -> ReplayPoint:
+        """Where to start reading to rebuild the windows."""
+        return ReplayPoint(self.replay_offset, self.replay_watermark_ms)

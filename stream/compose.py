@@ -1,0 +1,266 @@
+"""The composition root: settings and a bundle become a running service."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import jax
+import structlog
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from stream.buffer import Grid
+from stream.codec import DECODERS
+from stream.config import ServiceConfig
+from stream.decide import AlertPolicy
+from stream.errors import RetryableError, StreamError
+from stream.http import Health, MetricsServer
+from stream.metrics import ServiceMetrics
+from stream.scoring import ScoringConfig
+from stream.service import Service
+from stream.sinks import KafkaSink
+from stream.sources import RETRY_SECONDS, KafkaSource
+from stream.topics import prepare_topics
+from tsdiff.bundle import Bundle, load_bundle
+from tsdiff.calibration import evidence_threshold
+from tsdiff.detector import Detector
+from tsdiff.errors import BundleError
+
+_log = structlog.get_logger("tsdiff.run")
+
+# Slots of an entity that are closed at a time when a backlog is worked off; the ring holds as many
+# beside the window, so more would cost memory for every entity.
+SPAN: Final = 16
+# Windows in one call of the model; two sizes, so that a single entity does not pay for 256.
+BATCHES: Final = (8, 256)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded bundle, ready to score."""
+
+    bundle: Bundle
+    detector: Detector
+
+
+def load_model(path: Path) -> Model:
+    """Load a bundle and compile it (from the compilation cache where that is warm).
+
+    Raises:
+        BundleError: it cannot be used; the message says why.
+
+    """
+    enable_compilation_cache()
+    bundle = load_bundle(path)
+    return Model(bundle, Detector(bundle, batch_sizes=BATCHES, span_sizes=(1, SPAN)))
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled code across restarts, in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tsdiff" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))  # type: ignore[no-untyped-call]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # type: ignore[no-untyped-call]
+
+
+def grid_of(model: Model, config: ServiceConfig) -> Grid:
+    """The grid that fits both the model and the settings.
+
+    Raises:
+        BundleError: the settings ask for another period than the model was trained with.
+
+    """
+    detector = model.detector
+    period_ms = config.grid.period_ms or detector.period_ms
+    if period_ms != detector.period_ms:
+        raise BundleError(
+            f"expected grid.period of {detector.period_ms / 1000:g}s, the period of bundle "
+            f"{model.bundle.version}, got {period_ms / 1000:g}s; train a bundle with that period"
+        )
+    policy = policy_of(config)
+    return Grid(
+        period_ms=period_ms,
+        channels=len(detector.channels),
+        window=detector.window,
+        history=detector.history,
+        streams=detector.streams,
+        lateness_ms=config.grid.lateness_ms,
+        warmup_slots=model.bundle.manifest.model.anchor_window,
+        newcomer_slots=config.detect.warmup_slots,
+        stale_after_slots=config.grid.stale_after_slots,
+        ttl_slots=config.grid.entity_ttl_slots,
+        decision_slots=policy.memory_slots,
+        span=SPAN,
+    )
+
+
+def policy_of(config: ServiceConfig) -> AlertPolicy:
+    """The alert rule of the settings."""
+    alerts = config.alerts
+    return AlertPolicy(
+        trigger=alerts.trigger,
+        recovery=alerts.recovery,
+        m=alerts.m,
+        n=alerts.n,
+        recovery_slots=alerts.recovery_slots,
+        minimum_slots=alerts.minimum_slots,
+        stale_after_slots=config.grid.stale_after_slots,
+    )
+
+
+def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
+    """How the settings turn evidence into verdicts."""
+    period_ms = model.detector.period_ms
+    return ScoringConfig(
+        model=model.bundle.version,
+        period_ms=period_ms,
+        threshold=evidence_threshold(config.alerts.false_alarms_per_entity_week, period_ms),
+        policy=policy_of(config),
+        minimum_deviation=config.alerts.minimum_deviation,
+        direction=config.alerts.direction,
+        channels=config.outputs.channels,
+        top_channels=config.metrics.top_channels,
+    )
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        """Whether somebody asked."""
+        return self.requested
+
+    def request(self, *_: object) -> None:
+        """Ask."""
+        self.requested = True
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Listen for the signals, and restore what was there before."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            _log.info("stopping", signal=signal.Signals(number).name)
+            self.request()
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_service(
+    config: ServiceConfig,
+    model: Model,
+    stop: Stop,
+    *,
+    registry: CollectorRegistry = REGISTRY,
+    client_options: Mapping[str, Any] | None = None,
+    on_listening: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Run until asked to stop; wait for a broker or topic that is not there yet.
+
+    Raises:
+        StreamError: the settings or the broker's rights do not allow it.
+
+    """
+    grid = grid_of(model, config)
+    metrics = ServiceMetrics(
+        registry,
+        channels=model.detector.channels,
+        max_entities=config.metrics.max_entities,
+        top_channels=config.metrics.top_channels,
+        entity_ttl_s=config.metrics.entity_ttl_ms / 1000,
+    )
+    metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=model.detector.window)
+    health = Health()
+    health.set_ready("starting")
+    with _listening(config, registry, health) as address:
+        on_listening(address)
+        began = time.monotonic()
+        health.set_ready("the model is being compiled")
+        model.detector.warm_up()
+        health.beat()
+        _log.info("model ready", model=model.bundle.version, seconds=_since(began))
+        parts = _connect(config, model, grid, health, stop, dict(client_options or {}))
+        if parts is None:
+            return
+        source, sink = parts
+        service = Service(
+            source,
+            sink,
+            model.detector,
+            grid,
+            scoring_of(model, config),
+            metrics,
+            health,
+            idle_after_s=config.grid.idle_after_ms / 1000,
+        )
+        try:
+            service.run(stop)
+        finally:
+            # Leave the group first: the others may go on while we close the rest.
+            source.close()
+            sink.close()
+        _log.info("stopped; everything is committed")
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 2)
+
+
+@contextmanager
+def _listening(config: ServiceConfig, registry: CollectorRegistry, health: Health) -> Iterator[str]:
+    if not config.metrics.listen:
+        yield ""
+        return
+    with MetricsServer(config.metrics.listen, registry, health) as server:
+        _log.info("metrics", url=server.url)
+        yield server.url
+
+
+def _connect(
+    config: ServiceConfig,
+    model: Model,
+    grid: Grid,
+    health: Health,
+    stop: Stop,
+    options: dict[str, Any],
+) -> tuple[KafkaSource, KafkaSink] | None:
+    """Build source and sink as soon as the broker allows it; `None` if asked to stop before."""
+    source: KafkaSource | None = None
+    while not stop():
+        health.beat()
+        try:
+            largest = prepare_topics(config, options)
+            source = KafkaSource(
+                config,
+                model.detector.channels,
+                DECODERS[config.input.format],
+                grid.period_ms,
+                client_options=options,
+            )
+            return source, KafkaSink(
+                config, source.consumer, largest_dead_letter=largest, client_options=options
+            )
+        except RetryableError as error:
+            if source is not None:
+                source.close()
+            _log.warning("waiting", error=str(error))
+            health.set_ready(str(error))
+            time.sleep(RETRY_SECONDS)
+        except StreamError:
+            if source is not None:
+                source.close()
+            raise
+    return None

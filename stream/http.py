@@ -1,0 +1,254 @@
+"""What the service answers over HTTP: metrics, and whether it is alive and ready.
+
+/            these lines as text
+/metrics     Prometheus text or OpenMetrics, as the client accepts; gzip where it may
+/-/healthy   200 while the loop goes round, else 503 and why
+/-/ready     200 once assigned, primed and compiled, else 503 and why
+/-/reload    not enabled: the settings are read once, at the start
+"""
+
+import socket
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from stream.config import parse_listen
+from stream.errors import StreamError
+
+# Twice the 60 s for which kafka-python blocks at most while a broker is away: such a loop is
+# waiting as it should, and restarting it would not help.
+STALLED_AFTER_S = 120.0
+# A scraper that stops in the middle of a request must not hold its thread for ever.
+_SOCKET_TIMEOUT_S = 30.0
+
+_TEXT = "text/plain; charset=utf-8"
+_INDEX = """tsdiff
+/metrics    metrics for Prometheus
+/-/healthy  200 while the service works or waits for readings
+/-/ready    200 once it has partitions, their recent past and a compiled model
+"""
+_NO_RELOAD = "reloading is not enabled; restart the service to read its settings again\n"
+
+
+class Health:
+    """Whether the service is alive and ready; the loop tells it, HTTP threads ask.
+
+    Args:
+        stalled_after_s: seconds without a beat after which the loop counts as stuck.
+        clock: time in seconds; only differences are used.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        stalled_after_s: float = STALLED_AFTER_S,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._stalled_after_s = stalled_after_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._beat_at = clock()
+        self._not_ready: str | None = "starting"
+
+    def beat(self) -> None:
+        """Tell that the loop went round, with readings or without."""
+        with self._lock:
+            self._beat_at = self._clock()
+
+    def set_ready(self, reason: str | None) -> None:
+        """Tell why the service is not ready, or None once it is."""
+        with self._lock:
+            self._not_ready = reason
+
+    def unhealthy(self) -> str | None:
+        """Say why the service is not healthy; None while it is."""
+        with self._lock:
+            silent_s = self._clock() - self._beat_at
+        if silent_s <= self._stalled_after_s:
+            return None
+        return (
+            f"the loop has not gone round for {silent_s:.0f} s; "
+            f"expected at least every {self._stalled_after_s:.0f} s"
+        )
+
+    def unready(self) -> str | None:
+        """Say why the service is not ready; None once it is."""
+        with self._lock:
+            return self._not_ready
+
+
+class MetricsServer:
+    """The HTTP server; it listens as soon as it is made and answers once it is started.
+
+    Args:
+        listen: "host:port"; port 0 takes a free one.
+        registry: what /metrics shows.
+        health: what /-/healthy and /-/ready show.
+
+    Raises:
+        ConfigError: `listen` is not of that form.
+        StreamError: the address cannot be listened on.
+
+    """
+
+    def __init__(self, listen: str, registry: CollectorRegistry, health: Health) -> None:
+        host, port = parse_listen(listen)
+        handler = type("_BoundHandler", (_Handler,), {"health": health})
+        handler.metrics = staticmethod(make_wsgi_app(registry))  # type: ignore[attr-defined]
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            # The class holds the family, and TCPServer makes its socket from it.
+            server = type("_Server", (_Server,), {"address_family": family})
+            self._server: ThreadingHTTPServer = server(address, handler)
+        except OSError as error:
+            raise StreamError(
+                f"expected to listen on {listen} for metrics, got: {error.strerror or error}; "
+                "set metrics.listen to a free host:port, or to nothing for no metrics"
+            ) from None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def port(self) -> int:
+        """The port listened on, which is of interest when 0 was asked for."""
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        """Where the server answers, without a path."""
+        host = str(self._server.server_address[0])
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def start(self) -> Self:
+        """Answer from now on, in threads of its own."""
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            # How long close() may take, at the most.
+            kwargs={"poll_interval": 0.1},
+            name="tsdiff-http",
+            daemon=True,
+        )
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop answering and free the port; to close twice does nothing."""
+        if self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            self._thread = None
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self if self._thread is not None else self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # A scrape that hangs must not keep the service from ending.
+    block_on_close = False
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            # "[::]" is meant to be every address, IPv4 as well.
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # HTTPServer's own asks the resolver for the host's full name, and may wait long for it.
+        TCPServer.server_bind(self)
+        self.server_name = str(self.server_address[0])
+        self.server_port = int(self.server_address[1])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        """Say nothing: the client went away, and its next request will tell."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    health: Health
+    metrics: Callable[..., list[bytes]]
+    timeout = _SOCKET_TIMEOUT_S
+    server_version = "tsdiff"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        path, query = urlsplit(self.path).path, urlsplit(self.path).query
+        if path == "/metrics":
+            self._answer_metrics(query)
+        elif path == "/-/healthy":
+            self._answer_state("healthy", self.health.unhealthy())
+        elif path == "/-/ready":
+            self._answer_state("ready", self.health.unready())
+        elif path == "/-/reload":
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, _NO_RELOAD)
+        elif path == "/":
+            self._answer(HTTPStatus.OK, _INDEX)
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, f"nothing here\n\n{_INDEX}")
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        if urlsplit(self.path).path == "/-/reload":
+            self._answer(HTTPStatus.NOT_FOUND, _NO_RELOAD)
+        else:
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET\n")
+
+    do_PUT = do_POST
+
+    def _answer_state(self, state: str, reason: str | None) -> None:
+        if reason is None:
+            self._answer(HTTPStatus.OK, f"{state}\n")
+        else:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"not {state}: {reason}\n")
+
+    def _answer_metrics(self, query: str) -> None:
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": "/metrics",
+            "QUERY_STRING": query,
+            "HTTP_ACCEPT": self.headers.get("Accept", ""),
+            "HTTP_ACCEPT_ENCODING": self.headers.get("Accept-Encoding", ""),
+        }
+        answer: list[tuple[str, list[tuple[str, str]]]] = []
+        try:
+            body = b"".join(self.metrics(environ, lambda *status: answer.append(status)))
+        except Exception as error:  # a broken collector must show, not look like a dead network
+            problem = f"could not collect the metrics: {type(error).__name__}: {error}\n"
+            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, problem)
+            return
+        status, headers = answer[0]
+        self._send(HTTPStatus(int(status.split()[0])), headers, body)
+
+    def _answer(self, status: HTTPStatus, text: str) -> None:
+        headers = [("Content-Type", _TEXT)]
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers.append(("Allow", "" if "reload" in self.path else "GET, HEAD"))
+        self._send(status, headers, text.encode())
+
+    def _send(self, status: HTTPStatus, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Write no access log: a line for each scrape would bury what matters."""

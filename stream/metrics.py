@@ -1,0 +1,465 @@
+"""Every Prometheus collector of the service.
+
+The loop calls short methods; what an entity's gauges look like is worked out when Prometheus
+asks. Labels stay bounded: entities by `max_entities`, channels by `top_channels`, everything else
+by short fixed lists. Message keys never become labels.
+"""
+
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from stream.codec import REASONS
+from stream.records import STATES, ChannelScore, PartitionId, SlotScore, State
+
+Stage = Literal["fetch", "decode", "window", "score", "decide", "produce", "commit"]
+STAGES: tuple[Stage, ...] = ("fetch", "decode", "window", "score", "decide", "produce", "commit")
+
+ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
+
+# Close together around the goal (99 % under one second), then wide: past a minute only the order
+# of magnitude matters.
+LATENCY_BUCKETS_SECONDS = (
+    0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+# A stage takes about a millisecond for an empty batch and seconds when it compiles.
+STAGE_BUCKETS_SECONDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+
+# Whatever else happens, entities that stopped are looked for this often while the table is full.
+_EXPIRY_INTERVAL_S = 10.0
+
+
+class ServiceMetrics:
+    """What the service tells about itself and about its entities.
+
+    Args:
+        registry: where the collectors go; a fresh one for each service.
+        channels: names of the model's channels.
+        max_entities: entities with series of their own.
+        top_channels: channels told for each of them, those that contribute most.
+        entity_ttl_s: seconds without a score after which an entity's series end.
+        clock: wall time in seconds; only differences are used.
+
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        channels: Sequence[str],
+        max_entities: int,
+        top_channels: int,
+        entity_ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # Without this every counter would drag a second series along, which Prometheus ignores.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._channel_count = len(channels)
+
+        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        self._readings = counter("tsdiff_readings_total", "Readings taken from the input topic.")
+        self._late = counter(
+            "tsdiff_late_readings_total", "Readings dropped: their slot had been closed already."
+        )
+        self._duplicates = counter(
+            "tsdiff_duplicate_readings_total",
+            "Readings whose cells had been read for their slot already.",
+        )
+        self._unknown_channels = counter(
+            "tsdiff_unknown_channels_total", "Values ignored: the model does not know the channel."
+        )
+        self._dead_letters = counter(
+            "tsdiff_dead_letters_total",
+            "Messages that could not be read and went to the dead-letter topic.",
+            ["reason"],
+        )
+        # Made now, so that the first dead letter is an increase and not a series without a past.
+        for reason in REASONS:
+            self._dead_letters.labels(reason)
+        self._scores = counter("tsdiff_scores_total", "Slots scored.")
+        self._series_dropped = counter(
+            "tsdiff_series_dropped_total",
+            "Scores not shown in entity series, because max_entities other entities have theirs.",
+        )
+        self._compilations = counter(
+            "tsdiff_compilations_total", "Compilations of the model; none once it is warm."
+        )
+        self._compilations_seen = 0
+        self._rebalances = counter(
+            "tsdiff_rebalances_total", "Times that partitions were assigned or taken away."
+        )
+        self._recoveries = counter(
+            "tsdiff_recoveries_total",
+            "Times that the service went back to the last commit and read on from there.",
+            ["reason"],
+        )
+        durations = Histogram(
+            "tsdiff_batch_duration_seconds",
+            "Time that a stage of the loop took for one batch.",
+            ["stage"],
+            buckets=STAGE_BUCKETS_SECONDS,
+            registry=registry,
+        )
+        # Made now, so that every stage has a series from the start.
+        self._stages = {stage: durations.labels(stage) for stage in STAGES}
+        self._latency = _BatchHistogram(
+            "tsdiff_end_to_end_latency_seconds",
+            "Time from the append of the reading that closed a slot to the slot's score.",
+            LATENCY_BUCKETS_SECONDS,
+        )
+        registry.register(self._latency)
+        self._lag = _ConsumerLag()
+        registry.register(self._lag)
+        self._entity_states = Gauge(
+            "tsdiff_entities", "Entities that are scored, by state.", ["state"], registry=registry
+        )
+        self.entities({})
+        self._model_info = Info("tsdiff_model", "The model that scores.", registry=registry)
+        build = Info("tsdiff_build", "The version of tsdiff that runs.", registry=registry)
+        build.info({"version": _version()})
+        self._reload = Gauge(
+            "tsdiff_config_last_reload_successful",
+            "Whether the settings were read without an error the last time.",
+            registry=registry,
+        )
+        self._reload.set(1)
+        self._series = _EntitySeries(max_entities, top_channels, entity_ttl_s, clock)
+        registry.register(self._series)
+
+    def readings(self, count: int) -> None:
+        """Count readings taken."""
+        self._readings.inc(count)
+
+    def late(self, count: int) -> None:
+        """Count readings that came after their slot had closed."""
+        self._late.inc(count)
+
+    def duplicate_readings(self, count: int) -> None:
+        """Count readings that told what had been told."""
+        self._duplicates.inc(count)
+
+    def unknown_channels(self, count: int) -> None:
+        """Count values of channels that the model does not know."""
+        self._unknown_channels.inc(count)
+
+    def dead_letter(self, reason: str, count: int = 1) -> None:
+        """Count messages dead-lettered; `reason` is one of the decoder's few short names."""
+        self._dead_letters.labels(reason).inc(count)
+
+    def scores(self, count: int) -> None:
+        """Count slots scored."""
+        self._scores.inc(count)
+
+    def observe_scores(self, scores: Sequence[SlotScore]) -> None:
+        """Show these scores as the last of their entities; of one entity, the last counts."""
+        dropped = self._series.observe(scores)
+        if dropped:
+            self._series_dropped.inc(dropped)
+
+    def forget(self, entities: Iterable[str]) -> None:
+        """End the series of entities that are no longer ours, as after a rebalance."""
+        self._series.forget(entities)
+
+    def end_to_end_latency(self, seconds: ArrayLike) -> None:
+        """Add latencies, one or an array of any shape; clocks that disagree count as none."""
+        self._latency.observe(np.asarray(seconds, dtype=np.float64).ravel())
+
+    def stage(self, stage: Stage) -> AbstractContextManager[object]:
+        """Time a stage of one batch: `with metrics.stage("decode"): ...`."""
+        return self._stages[stage].time()
+
+    def consumer_lag(self, records: Mapping[PartitionId, int], seconds: float) -> None:
+        """Replace the lag: records behind each assigned partition's end, and the oldest's age."""
+        self._lag.replace(records, seconds)
+
+    def compilations(self, total: int) -> None:
+        """Say how many compilations there were since the process started."""
+        self._compilations.inc(max(0, total - self._compilations_seen))
+        self._compilations_seen = max(total, self._compilations_seen)
+
+    def entities(self, counts: Mapping[State, int]) -> None:
+        """Say how many entities are in each state; a state left out has none."""
+        for state in STATES:
+            self._entity_states.labels(state).set(counts.get(state, 0))
+
+    def model_info(self, model: str, *, period_ms: int, window: int) -> None:
+        """Say which model scores, as name@hash."""
+        self._model_info.info(
+            {
+                "model": model,
+                "channels": str(self._channel_count),
+                "period_seconds": f"{period_ms / 1000:g}",
+                "window": str(window),
+            }
+        )
+
+    def config_reload(self, successful: bool) -> None:
+        """Say whether the settings could be read."""
+        self._reload.set(1 if successful else 0)
+
+    def rebalance(self) -> None:
+        """Count a change of assignment."""
+        self._rebalances.inc()
+
+    def recovery(self, reason: str) -> None:
+        """Count a return to the last commit; `reason` is one of a few short names."""
+        self._recoveries.labels(reason).inc()
+
+
+def _version() -> str:
+    try:
+        return version("tsdiff")
+    except PackageNotFoundError:
+        return "unknown"  # run from a tree that was never installed
+
+
+class _BatchHistogram:
+    """A histogram that takes thousands of values in one call."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = np.asarray(bounds)
+        self._labels = [f"{bound:g}" for bound in bounds] + ["+Inf"]
+        self._counts = np.zeros(len(bounds) + 1, np.int64)
+        self._sum = 0.0
+        self._lock = threading.Lock()
+
+    def observe(self, values: NDArray[np.float64]) -> None:
+        values = np.maximum(values[np.isfinite(values)], 0.0)
+        counts = np.bincount(
+            np.searchsorted(self._bounds, values, side="left"), minlength=len(self._counts)
+        )
+        with self._lock:
+            self._counts += counts
+            self._sum += float(values.sum())
+
+    def describe(self) -> list[Metric]:
+        return [HistogramMetricFamily(self._name, self._text)]
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            cumulative = self._counts.cumsum().tolist()
+            total = self._sum
+        family = HistogramMetricFamily(self._name, self._text)
+        buckets = [(label, float(n)) for label, n in zip(self._labels, cumulative, strict=True)]
+        family.add_metric([], buckets, total)
+        yield family
+
+
+class _ConsumerLag:
+    """Replaced as a whole, so that a partition given away leaves no series behind."""
+
+    def __init__(self) -> None:
+        self._state: tuple[dict[PartitionId, int], float] = ({}, 0.0)
+
+    def replace(self, records: Mapping[PartitionId, int], seconds: float) -> None:
+        self._state = (dict(records), max(0.0, seconds))
+
+    def describe(self) -> list[Metric]:
+        return [
+            GaugeMetricFamily(
+                "tsdiff_consumer_lag_records",
+                "Records between the last one read and the end of the partition.",
+                labels=["topic", "partition"],
+            ),
+            GaugeMetricFamily(
+                "tsdiff_consumer_lag_seconds",
+                "Age of the oldest record that was not yet scored, by its Kafka timestamp.",
+            ),
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        by_partition, seconds = self._state
+        records, age = self.describe()
+        for partition, count in by_partition.items():
+            labels = {"topic": partition.topic, "partition": str(partition.partition)}
+            records.add_sample(records.name, labels, count)
+        age.add_sample(age.name, {}, seconds)
+        yield records
+        yield age
+
+
+class _EntitySeries:
+    """The last score of up to `max_entities` entities, made into gauges when they are asked for.
+
+    Who comes first is shown, with one exception: an entity whose alert is active takes the place
+    of one that is calm. Otherwise an alert among many entities would never reach Alertmanager.
+    """
+
+    def __init__(
+        self,
+        max_entities: int,
+        top_channels: int,
+        ttl_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._max_entities = max_entities
+        self._top_channels = top_channels
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last: dict[str, SlotScore] = {}
+        self._seen_at: dict[str, float] = {}
+        self._next_expiry = clock() + _EXPIRY_INTERVAL_S
+
+    def observe(self, scores: Sequence[SlotScore]) -> int:
+        """Keep the last score of each entity; returns how many were beyond the budget."""
+        now = self._clock()
+        last, seen_at = self._last, self._seen_at
+        waiting: list[SlotScore] = []
+        with self._lock:
+            for score in scores:
+                entity = score.entity
+                if entity in last or len(last) < self._max_entities:
+                    last[entity] = score
+                    seen_at[entity] = now
+                else:
+                    waiting.append(score)
+            if waiting:
+                return self._admit(waiting, now)
+        return 0
+
+    def _admit(self, waiting: list[SlotScore], now: float) -> int:
+        if now >= self._next_expiry:
+            self._expire(now)
+        calm: list[str] | None = None
+        dropped = 0
+        for score in waiting:
+            entity = score.entity
+            if entity not in self._last and len(self._last) >= self._max_entities:
+                if score.state in ALERTING:
+                    if calm is None:
+                        # Oldest last: they are taken from the end.
+                        calm = [e for e, s in self._last.items() if s.state not in ALERTING]
+                        calm.reverse()
+                    if calm:
+                        self._remove(calm.pop())
+                if len(self._last) >= self._max_entities:
+                    dropped += 1
+                    continue
+            self._last[entity] = score
+            self._seen_at[entity] = now
+        return dropped
+
+    def forget(self, entities: Iterable[str]) -> None:
+        with self._lock:
+            for entity in entities:
+                self._remove(entity)
+
+    def _remove(self, entity: str) -> None:
+        self._last.pop(entity, None)
+        self._seen_at.pop(entity, None)
+
+    def _expire(self, now: float) -> None:
+        self._next_expiry = now + _EXPIRY_INTERVAL_S
+        oldest = now - self._ttl_s
+        for entity in [e for e, seen_at in self._seen_at.items() if seen_at < oldest]:
+            self._remove(entity)
+
+    def describe(self) -> list[Metric]:
+        return [
+            GaugeMetricFamily(name, text, labels=labels) for name, text, labels in _ENTITY_FAMILIES
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            self._expire(self._clock())
+            scores = list(self._last.values())
+        families = self.describe()
+        (anomaly, active, ratio, expected, lower, upper, observed, imputed, stamp, state) = families
+        for score in scores:
+            labels = {"entity": score.entity}
+            if score.anomaly_score is not None:
+                anomaly.add_sample(anomaly.name, labels, score.anomaly_score)
+            active.add_sample(active.name, labels, 1 if score.state in ALERTING else 0)
+            imputed.add_sample(imputed.name, labels, score.imputed_ratio)
+            stamp.add_sample(stamp.name, labels, score.timestamp_ms / 1000)
+            for known in STATES:
+                state.add_sample(
+                    state.name, {**labels, "state": known}, 1 if score.state == known else 0
+                )
+            for name, channel in self._top(score):
+                of_channel = {**labels, "channel": name}
+                ratio.add_sample(ratio.name, of_channel, channel.contribution)
+                for family, value in (
+                    (expected, channel.expected),
+                    (lower, channel.lower),
+                    (upper, channel.upper),
+                    (observed, channel.observed),
+                ):
+                    if value is not None:
+                        family.add_sample(family.name, of_channel, value)
+        yield from families
+
+    def _top(self, score: SlotScore) -> list[tuple[str, ChannelScore]]:
+        channels = score.channels.items()
+        if len(channels) <= self._top_channels:
+            return list(channels)
+        return heapq.nlargest(self._top_channels, channels, key=_contribution)
+
+
+def _contribution(item: tuple[str, ChannelScore]) -> float:
+    return item[1].contribution
+
+
+_ENTITY_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "tsdiff_anomaly_score",
+        "How unusual the last slot is; 1 is as rare as the false alarms asked for.",
+        ("entity",),
+    ),
+    ("tsdiff_alert_active", "1 while the entity's alert is firing or recovering.", ("entity",)),
+    (
+        "tsdiff_channel_contribution_ratio",
+        "Share of the anomaly that is this channel's; all channels together make 1.",
+        ("entity", "channel"),
+    ),
+    (
+        "tsdiff_channel_expected",
+        "Value that the model expected, in the channel's own unit.",
+        ("entity", "channel"),
+    ),
+    (
+        "tsdiff_channel_lower",
+        "Lower end of the band that holds 90 % of what was expected.",
+        ("entity", "channel"),
+    ),
+    (
+        "tsdiff_channel_upper",
+        "Upper end of the band that holds 90 % of what was expected.",
+        ("entity", "channel"),
+    ),
+    (
+        "tsdiff_channel_observed",
+        "Value that was read, in the channel's own unit.",
+        ("entity", "channel"),
+    ),
+    ("tsdiff_imputed_ratio", "Share of the last slot's cells without a reading.", ("entity",)),
+    (
+        "tsdiff_score_timestamp_seconds",
+        "Event time of the last slot that was scored, in seconds since the epoch.",
+        ("entity",),
+    ),
+    ("tsdiff_entity_state", "1 for the state that the entity is in.", ("entity", "state")),
+)

@@ -1,0 +1,89 @@
+"""The records that flow through the loop: readings in, scores and alerts out."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+State = Literal["ok", "pending", "firing", "recovering", "warming", "stale"]
+STATES: tuple[State, ...] = ("ok", "pending", "firing", "recovering", "warming", "stale")
+
+
+class PartitionId(NamedTuple):
+    """One partition of the input: the unit of order, of work and of recovery."""
+
+    topic: str
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that could not be read, unchanged, and why."""
+
+    topic: str
+    partition: int
+    offset: int
+    reason: str
+    error: str
+    key: bytes | None
+    value: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingBatch:
+    """Readings of one partition in the order of the log, column by column.
+
+    `timestamps_ms` (N,) is event time, `values` (N, D) raw units with NaN for missing, `offsets`
+    (N,) the offset of the message that held the reading (several readings may share one).
+    `next_offset` is where the log goes on: it counts messages that held no reading as well.
+    """
+
+    partition: PartitionId
+    entities: list[str]
+    timestamps_ms: NDArray[np.int64]
+    values: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    next_offset: int
+    dead_letters: tuple[DeadLetter, ...] = ()
+    unknown_channels: int = 0
+    received_at: float = 0.0
+    """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
+
+
+class ChannelScore(NamedTuple):
+    """One channel of one scored slot, in the channel's own units; `None` = no reading."""
+
+    observed: float | None
+    expected: float | None
+    lower: float | None
+    upper: float | None
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlotScore:
+    """The verdict on one grid slot of one entity: the score record of the outputs topic."""
+
+    entity: str
+    timestamp_ms: int
+    anomaly_score: float | None
+    p_value: float | None
+    state: State
+    imputed_ratio: float
+    model: str
+    channels: dict[str, ChannelScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AlertEvent:
+    """A change of an entity's alert state."""
+
+    entity: str
+    timestamp_ms: int
+    state: State
+    previous: State
+    since_ms: int
+    anomaly_score: float | None
+    channels: dict[str, ChannelScore]
+    model: str

@@ -1,0 +1,301 @@
+"""Closed slots become verdicts: one call of the detector for many entities, then the alert rule.
+
+Partitions take turns so that their windows share a call; nothing here depends on how the slots
+were cut into batches.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.buffer import Closing, Float32, PartitionBuffer, Profiles, Span
+from stream.decide import AlertPolicy, step
+from stream.records import AlertEvent, ChannelScore, SlotScore, State
+
+# While an alert is on, all channels are worth keeping (outputs.channels: top).
+_ALERTING: frozenset[State] = frozenset({"pending", "firing", "recovering"})
+
+
+class Detection(Protocol):
+    """What scoring reads of `tsdiff.detector.Detection`; shapes (E, T, ...)."""
+
+    @property
+    def evidence(self) -> Float32: ...  # noqa: D102
+    @property
+    def streams(self) -> Float32: ...  # noqa: D102
+    @property
+    def expected(self) -> Float32: ...  # noqa: D102
+    @property
+    def lower(self) -> Float32: ...  # noqa: D102
+    @property
+    def upper(self) -> Float32: ...  # noqa: D102
+    @property
+    def contribution(self) -> Float32: ...  # noqa: D102
+
+
+class Scorer(Profiles, Protocol):
+    """The model as the loop sees it (`tsdiff.detector.Detector`)."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Channel names, in the order of every array."""
+
+    @property
+    def compilations(self) -> int:
+        """How often the model was compiled since the process started."""
+
+    def detect(
+        self,
+        values: Float32,
+        lengths: NDArray[np.int32],
+        mean: Float32,
+        scale: Float32,
+        rows: NDArray[np.int32],
+        history: Float32,
+    ) -> Detection:
+        """Score E spans of T slots; see `tsdiff.detector.Detector.detect`."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """How evidence becomes a verdict."""
+
+    model: str
+    period_ms: int
+    threshold: float
+    """Evidence at which `anomaly_score` is 1 (`tsdiff.calibration.evidence_threshold`)."""
+    policy: AlertPolicy
+    minimum_deviation: float = 0.0
+    """Least distance from the expected value, in half widths of the band, for a slot to count."""
+    direction: str = "both"
+    channels: str = "top"
+    top_channels: int = 5
+
+
+@dataclass
+class Verdicts:
+    """What one round of the loop has to say."""
+
+    scores: list[SlotScore] = field(default_factory=list)
+    alerts: list[AlertEvent] = field(default_factory=list)
+
+
+class _Scored(NamedTuple):
+    """The detections of one closing, laid out as its rows and slots; NaN where not scored."""
+
+    evidence: Float32
+    expected: Float32
+    lower: Float32
+    upper: Float32
+    contribution: Float32
+
+
+def score_rounds(
+    turns: Sequence[tuple[PartitionBuffer, Iterator[Closing]]],
+    scorer: Scorer,
+    config: ScoringConfig,
+    detecting: Callable[[], None] = lambda: None,
+) -> Verdicts:
+    """Run every partition's closings to their end, scoring those of one round together.
+
+    `detecting` is called before each round; a long backlog keeps its heartbeat with it.
+    """
+    verdicts = Verdicts()
+    waiting = list(turns)
+    while waiting:
+        round_: list[tuple[PartitionBuffer, Closing]] = []
+        still = []
+        for buffer, closings in waiting:
+            closing = next(closings, None)
+            if closing is not None:
+                round_.append((buffer, closing))
+                still.append((buffer, closings))
+        if round_:
+            detecting()
+            _score_round(round_, scorer, config, verdicts)
+        waiting = still
+    return verdicts
+
+
+def _score_round(
+    round_: list[tuple[PartitionBuffer, Closing]],
+    scorer: Scorer,
+    config: ScoringConfig,
+    verdicts: Verdicts,
+) -> None:
+    spans = [(i, span) for i, (_, closing) in enumerate(round_) for span in closing.spans]
+    depth = len(scorer.channels)
+    scored = [_blank(closing, depth) for _, closing in round_]
+    for width in sorted({span.width for _, span in spans}):
+        group = [(i, span) for i, span in spans if span.width == width]
+        stacked = [span for _, span in group]
+        sizes = [len(span.rows) for span in stacked]
+        slots = _slots(round_[group[0][0]][1], stacked[0])
+        detection = scorer.detect(
+            np.concatenate([s.values for s in stacked]),
+            np.full(sum(sizes), slots, np.int32),
+            np.concatenate([s.mean for s in stacked]),
+            np.concatenate([s.scale for s in stacked]),
+            np.concatenate([s.model_rows for s in stacked]),
+            np.concatenate([s.history for s in stacked]),
+        )
+        begin = 0
+        for (i, span), size in zip(group, sizes, strict=True):
+            end = begin + size
+            _put(scored[i], round_[i][1], span, detection, begin, end)
+            round_[i][0].keep_streams(span, detection.streams[begin:end])
+            begin = end
+    for (buffer, closing), result in zip(round_, scored, strict=True):
+        _judge(buffer, closing, result, scorer.channels, config, verdicts)
+
+
+def _slots(closing: Closing, span: Span) -> int:
+    """How many slots of the closing the span covers: all from its first one on."""
+    return closing.first_slot + int(closing.present.shape[1]) - span.first_slot
+
+
+def _blank(closing: Closing, channels: int) -> _Scored:
+    shape = closing.present.shape
+
+    def nan(*tail: int) -> Float32:
+        return np.full((*shape, *tail), np.nan, np.float32)
+
+    return _Scored(nan(), *(nan(channels) for _ in range(4)))
+
+
+def _put(
+    scored: _Scored, closing: Closing, span: Span, detection: Detection, begin: int, end: int
+) -> None:
+    at = np.searchsorted(closing.rows, span.rows)
+    since = span.first_slot - closing.first_slot
+    for target, source in zip(
+        scored,
+        (
+            detection.evidence,
+            detection.expected,
+            detection.lower,
+            detection.upper,
+            detection.contribution,
+        ),
+        strict=True,
+    ):
+        target[at, since:] = source[begin:end]
+
+
+def _judge(
+    buffer: PartitionBuffer,
+    closing: Closing,
+    scored: _Scored,
+    names: tuple[str, ...],
+    config: ScoringConfig,
+    verdicts: Verdicts,
+) -> None:
+    """Step the alert rule slot by slot, and write down scores and changes of state."""
+    channels = _ChannelTable(closing, scored, names, config.top_channels)
+    evidence = scored.evidence.tolist()
+    imputed = np.isnan(closing.values).mean(axis=2).tolist()
+    warming, silent = closing.warming.tolist(), closing.silent.tolist()
+    far = _far_enough(closing, scored, config)
+    period_ms = config.period_ms
+    entities = [buffer.entity(row) for row in closing.rows.tolist()]
+    for t in range(closing.present.shape[1]):
+        slot = closing.first_slot + t
+        for i in np.flatnonzero(closing.present[:, t]).tolist():
+            entity, e = entities[i], evidence[i][t]
+            score = None if math.isnan(e) else round(e / config.threshold, 6)
+            before = entity.alert
+            counted = (
+                score if far is None or far[i][t] else min(score or 0.0, config.policy.trigger)
+            )
+            after = step(
+                config.policy,
+                before,
+                slot,
+                None if imputed[i][t] == 1.0 or warming[i][t] else counted,
+                warming=warming[i][t],
+                silent_slots=silent[i][t],
+                frozen=not closing.emit,
+            )
+            entity.alert = after
+            if not closing.emit:
+                continue
+            wanted = config.channels == "all" or after.phase in _ALERTING
+            verdict = SlotScore(
+                entity=entity.name,
+                timestamp_ms=slot * period_ms,
+                anomaly_score=score,
+                p_value=None if score is None else 10.0**-e,
+                state=after.phase,
+                imputed_ratio=imputed[i][t],
+                model=config.model,
+                channels={}
+                if score is None or (config.channels == "alerting" and not wanted)
+                else channels.pick(i, t, everything=wanted),
+            )
+            verdicts.scores.append(verdict)
+            if after.phase == before.phase:
+                continue
+            buffer.mark_dirty(int(closing.rows[i]))
+            if before.phase == "warming" and after.phase == "ok":
+                continue  # the end of the warm-up is nobody's alert
+            verdicts.alerts.append(
+                AlertEvent(
+                    entity=entity.name,
+                    timestamp_ms=slot * period_ms,
+                    state=after.phase,
+                    previous=before.phase,
+                    since_ms=before.since_slot * period_ms,
+                    anomaly_score=score,
+                    channels=verdict.channels,
+                    model=config.model,
+                )
+            )
+
+
+def _far_enough(
+    closing: Closing, scored: _Scored, config: ScoringConfig
+) -> list[list[bool]] | None:
+    """Whether some channel is off by enough, on the side that counts; `None` = not asked."""
+    if config.minimum_deviation <= 0 and config.direction == "both":
+        return None
+    half = np.maximum((scored.upper - scored.lower) / 2, np.finfo(np.float32).tiny)
+    deviation = np.nan_to_num((closing.values - scored.expected) / half)
+    if config.direction == "both":
+        deviation = np.abs(deviation)
+    elif config.direction == "down":
+        deviation = -deviation
+    least = max(config.minimum_deviation, 1.0 if config.direction != "both" else 0.0)
+    far: list[list[bool]] = (deviation >= least).any(axis=2).tolist()
+    return far
+
+
+class _ChannelTable:
+    """Per-channel results of a closing, converted to Python numbers a slot at a time."""
+
+    def __init__(self, closing: Closing, scored: _Scored, names: tuple[str, ...], top: int) -> None:
+        self._names = names
+        contribution = np.nan_to_num(scored.contribution)
+        self._top = top
+        # Largest first; ties by position, so that equal data gives equal records.
+        self._ranked = np.argsort(-contribution, axis=2, kind="stable").tolist()
+        self._columns = np.stack(
+            [closing.values, scored.expected, scored.lower, scored.upper, contribution], axis=3
+        )
+
+    def pick(self, i: int, t: int, *, everything: bool) -> dict[str, ChannelScore]:
+        """The channels of one record, the guiltiest first; the top ones, or all."""
+        chosen = self._ranked[i][t] if everything else self._ranked[i][t][: self._top]
+        cells: list[list[float]] = self._columns[i, t].tolist()
+        return {self._names[c]: _channel_score(*cells[c]) for c in chosen}
+
+
+def _channel_score(
+    observed: float, expected: float, lower: float, upper: float, contribution: float
+) -> ChannelScore:
+    return ChannelScore(
+        None if math.isnan(observed) else observed, expected, lower, upper, contribution
+    )

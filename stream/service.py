@@ -1,0 +1,257 @@
+"""The loop: source -> windows -> detect -> decide -> sinks -> commit.
+
+The only place that commits offsets. Live and backfill run this same code with other sources and
+sinks. Every round is all or nothing: when a commit fails, the windows are thrown away and rebuilt
+from the last one that did not.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import structlog
+
+from stream.buffer import Closing, Grid, PartitionBuffer
+from stream.codec import CommitMetadata
+from stream.errors import RetryableError
+from stream.http import Health
+from stream.metrics import ServiceMetrics
+from stream.records import PartitionId, ReadingBatch, State
+from stream.scoring import Scorer, ScoringConfig, score_rounds
+from stream.sinks import Position, Round, Sink
+from stream.sources import RETRY_SECONDS, Resume, Source
+
+_log = structlog.get_logger("tsdiff.service")
+
+# Lag and entity counts are for people and dashboards; more often would only cost.
+GAUGES_EVERY_S: Final = 1.0
+
+
+class Service:
+    """A source, a model and a sink, put together; `step` is one turn of the loop."""
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        scorer: Scorer,
+        grid: Grid,
+        scoring: ScoringConfig,
+        metrics: ServiceMetrics,
+        health: Health,
+        *,
+        idle_after_s: float = 300.0,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._scorer = scorer
+        self._grid = grid
+        self._scoring = scoring
+        self._metrics = metrics
+        self._health = health
+        self._idle_after_s = idle_after_s
+        self._clock = clock
+        self._sleep = sleep
+        self._buffers: dict[PartitionId, PartitionBuffer] = {}
+        self._heard_at: dict[PartitionId, float] = {}
+        self._appended_at: dict[PartitionId, float] = {}
+        self._gauges_at = 0.0
+
+    def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Work until the source ends or somebody asks to stop; what was begun is finished."""
+        while not stopping():
+            try:
+                if not self.step():
+                    return
+            except RetryableError as error:
+                if not self._recover(error, stopping):
+                    return
+
+    def step(self) -> bool:
+        """Run one round; False once the source has ended.
+
+        Raises:
+            RetryableError: nothing of this round was committed.
+
+        """
+        self._health.beat()
+        with self._metrics.stage("fetch"):
+            polled = self._source.poll()
+        if polled.revoked or polled.assigned:
+            self._metrics.rebalance()
+        for partition in polled.revoked:
+            self._forget(partition)
+        for partition, resume in polled.assigned.items():
+            self._buffers[partition] = self._resume(partition, resume)
+            self._heard_at[partition] = self._clock()
+        round_ = Round()
+        turns = [self._begin(batch, round_) for batch in polled.batches]
+        with self._metrics.stage("score"):
+            verdicts = score_rounds(turns, self._scorer, self._scoring, self._health.beat)
+        round_.scores, round_.alerts = verdicts.scores, verdicts.alerts
+        for batch in polled.batches:
+            self._finish(batch, round_)
+        if round_:
+            with self._metrics.stage("commit"):
+                self._sink.commit(round_, polled.generation)
+            self._told(round_, polled.batches)
+        self._watch()
+        return not polled.ended
+
+    # -- partitions ----------------------------------------------------------------------------
+
+    def _resume(self, partition: PartitionId, resume: Resume) -> PartitionBuffer:
+        metadata = resume.metadata
+        if metadata is None or resume.next_offset is None:
+            return PartitionBuffer(self._grid, self._scorer)
+        buffer = PartitionBuffer(
+            self._grid,
+            self._scorer,
+            watermark_ms=metadata.replay_watermark_ms,
+            prime_until=resume.next_offset,
+            prime_watermark_ms=metadata.watermark_ms,
+        )
+        last = self._grid.closed_before(metadata.watermark_ms) - 1
+        # An offset that was set back by hand leaves snapshots behind that are of the future.
+        fitting = [s for s in resume.snapshots if s.slot <= last and self._fits(s)]
+        if len(fitting) < len(resume.snapshots):
+            _log.warning(
+                "snapshots that do not fit the committed offset are left out",
+                partition=partition.partition,
+                count=len(resume.snapshots) - len(fitting),
+            )
+        buffer.restore(fitting)
+        return buffer
+
+    def _fits(self, snapshot: object) -> bool:
+        depth = len(self._scorer.channels)
+        arrays = (getattr(snapshot, "sums", None), getattr(snapshot, "statistics", None))
+        return all(a is None or a.shape[1] == depth for a in arrays)
+
+    def _forget(self, partition: PartitionId) -> None:
+        buffer = self._buffers.pop(partition, None)
+        if buffer is not None:
+            self._metrics.forget(buffer.names)
+        self._heard_at.pop(partition, None)
+        self._appended_at.pop(partition, None)
+
+    def _begin(
+        self, batch: ReadingBatch, round_: Round
+    ) -> tuple[PartitionBuffer, Iterator[Closing]]:
+        buffer = self._buffers[batch.partition]
+        fresh = [d for d in batch.dead_letters if d.offset >= buffer.prime_until]
+        round_.dead_letters.extend(fresh)
+        if not buffer.priming and batch.unknown_channels:
+            self._metrics.unknown_channels(batch.unknown_channels)
+        return buffer, buffer.advance(batch)
+
+    def _finish(self, batch: ReadingBatch, round_: Round) -> None:
+        partition, buffer = batch.partition, self._buffers[batch.partition]
+        if batch.entities:
+            self._heard_at[partition] = self._clock()
+            self._appended_at[partition] = batch.received_at
+        if buffer.priming:
+            return
+        snapshots, gone = buffer.snapshots()
+        round_.snapshots.extend((partition, snapshot) for snapshot in snapshots)
+        round_.gone.extend((partition, name) for name in gone)
+        replay = buffer.replay_point(batch.next_offset)
+        round_.positions[partition] = Position(
+            batch.next_offset,
+            CommitMetadata(
+                replay_offset=replay.offset,
+                replay_watermark_ms=replay.watermark_ms,
+                watermark_ms=buffer.watermark_ms,
+                period_ms=self._grid.period_ms,
+            ),
+        )
+
+    # -- telling -------------------------------------------------------------------------------
+
+    def _told(self, round_: Round, batches: list[ReadingBatch]) -> None:
+        """Count what is committed now; nothing is counted that may be done again."""
+        metrics = self._metrics
+        for batch in batches:
+            buffer = self._buffers[batch.partition]
+            placement, buffer.placement = buffer.placement, type(buffer.placement)()
+            metrics.readings(placement.placed + placement.late)
+            metrics.late(placement.late)
+            metrics.duplicate_readings(placement.duplicates)
+            if batch.received_at and placement.placed:
+                metrics.end_to_end_latency(self._clock() - batch.received_at)
+        for letter in round_.dead_letters:
+            metrics.dead_letter(letter.reason)
+        metrics.scores(len(round_.scores))
+        metrics.observe_scores(round_.scores)
+        for alert in round_.alerts:
+            if "firing" in (alert.state, alert.previous):
+                _log.info(
+                    "alert",
+                    entity=alert.entity,
+                    state=alert.state,
+                    previous=alert.previous,
+                    anomaly_score=alert.anomaly_score,
+                    channels=list(alert.channels)[: self._scoring.top_channels],
+                )
+
+    def _watch(self) -> None:
+        """Readiness, lag and silence, once a second."""
+        now = self._clock()
+        if now - self._gauges_at < GAUGES_EVERY_S:
+            return
+        self._gauges_at = now
+        priming = [p for p, buffer in self._buffers.items() if buffer.priming]
+        if not self._buffers:
+            self._health.set_ready("no partitions are assigned yet")
+        elif priming:
+            self._health.set_ready(f"windows of {len(priming)} partitions are being rebuilt")
+        else:
+            self._health.set_ready(None)
+        lag = self._source.lag()
+        self._metrics.consumer_lag(
+            lag, max((self._behind_s(p, n) for p, n in lag.items()), default=0.0)
+        )
+        self._metrics.compilations(self._scorer.compilations)
+        self._metrics.entities(self._states(now))
+
+    def _behind_s(self, partition: PartitionId, records: int) -> float:
+        """How long ago the newest message taken was appended, while there are newer ones."""
+        appended = self._appended_at.get(partition)
+        return max(0.0, self._clock() - appended) if records and appended else 0.0
+
+    def _states(self, now: float) -> Counter[State]:
+        """Entities by state; those of a partition that has gone silent are stale by wall clock.
+
+        That is said here only: a slot that readings may still fill is not used up by the clock.
+        """
+        states: Counter[State] = Counter()
+        for partition, buffer in self._buffers.items():
+            if now - self._heard_at[partition] > self._idle_after_s:
+                states["stale"] += len(buffer.names)
+            else:
+                states.update(buffer.entity(row).alert.phase for row in buffer.names.values())
+        return states
+
+    # -- faults --------------------------------------------------------------------------------
+
+    def _recover(self, error: RetryableError, stopping: Callable[[], bool]) -> bool:
+        """Go back to the last commit as soon as the broker lets us; False if asked to stop."""
+        _log.warning("going back to the last commit", error=str(error))
+        self._metrics.recovery("commit")
+        self._health.set_ready(str(error))
+        for partition in list(self._buffers):
+            self._forget(partition)
+        while not stopping():
+            self._health.beat()
+            try:
+                self._sink.reset()
+            except RetryableError as again:
+                _log.warning("the broker is still away", error=str(again))
+                self._sleep(RETRY_SECONDS)
+                continue
+            self._source.rewind()
+            return True
+        return False

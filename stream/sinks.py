@@ -1,0 +1,286 @@
+"""Where scores, alerts, dead letters and state go: Kafka, Parquet, or memory (tests).
+
+`commit` is all or nothing: the outputs of a round and the offsets they came from.
+"""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import structlog
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import (
+    AuthorizationError,
+    KafkaConfigurationError,
+    KafkaError,
+    UnsupportedVersionError,
+)
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from stream.buffer import EntitySnapshot
+from stream.codec import (
+    CommitMetadata,
+    dead_letter_headers,
+    encode_alert,
+    encode_score,
+    encode_snapshot,
+)
+from stream.config import ServiceConfig
+from stream.errors import RetryableError, StreamError
+from stream.records import AlertEvent, DeadLetter, PartitionId, SlotScore
+from stream.sources import state_key
+
+_log = structlog.get_logger("tsdiff.sink")
+
+# How long one commit may take before the broker counts as gone and the round is done again.
+COMMIT_TIMEOUT_S: Final = 60.0
+# Headers and framing beside a dead letter's own bytes.
+_FRAMING_BYTES: Final = 64 * 1024
+
+
+class Position(NamedTuple):
+    """The next offset to process, and what is needed to rebuild the windows before it."""
+
+    offset: int
+    metadata: CommitMetadata
+
+
+@dataclass
+class Round:
+    """All that one turn of the loop produces."""
+
+    scores: Sequence[SlotScore] = ()
+    alerts: Sequence[AlertEvent] = ()
+    dead_letters: list[DeadLetter] = field(default_factory=list)
+    snapshots: list[tuple[PartitionId, EntitySnapshot]] = field(default_factory=list)
+    gone: list[tuple[PartitionId, str]] = field(default_factory=list)
+    positions: dict[PartitionId, Position] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to commit."""
+        return bool(self.positions)
+
+
+class Sink(Protocol):
+    """Where a round of the loop goes."""
+
+    def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401 - opaque token
+        """Write everything or nothing.
+
+        Raises:
+            RetryableError: nothing was written, or nobody will see it; read the batch again.
+
+        """
+
+    def reset(self) -> None:
+        """Get ready again after a failed commit."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+@dataclass
+class MemorySink:
+    """Keeps everything, for tests."""
+
+    rounds: list[Round] = field(default_factory=list)
+
+    def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401
+        """Keep the round."""
+        self.rounds.append(round_)
+
+    def reset(self) -> None:
+        """Nothing can have failed."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    @property
+    def scores(self) -> list[SlotScore]:
+        """Every score so far."""
+        return [score for round_ in self.rounds for score in round_.scores]
+
+    @property
+    def alerts(self) -> list[AlertEvent]:
+        """Every alert so far."""
+        return [alert for round_ in self.rounds for alert in round_.alerts]
+
+
+class KafkaSink:
+    """Outputs and offsets in one transaction, or flushed before the offsets are committed."""
+
+    def __init__(
+        self,
+        config: ServiceConfig,
+        consumer: KafkaConsumer,
+        *,
+        largest_dead_letter: int,
+        client_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._config = config
+        self._consumer = consumer
+        self._largest = largest_dead_letter
+        self._options = dict(client_options or {})
+        # Without a name of its own the service gets a new id at every start: an unfinished
+        # transaction of the previous one then ends by itself after transaction_timeout.
+        name = config.input.instance_id or uuid.uuid4().hex
+        self._transactional_id = f"{config.input.group}-{name}"
+        self._exactly_once = config.delivery.mode == "exactly-once"
+        self._producer = self._connect()
+
+    def _connect(self) -> KafkaProducer:
+        kwargs = self._config.producer_kwargs(self._transactional_id)
+        kwargs["max_request_size"] = self._largest + _FRAMING_BYTES
+        # Larger batches than the 16 KiB default: a round is thousands of small records.
+        kwargs |= {"batch_size": 256 * 1024, "linger_ms": 5, **self._options}
+        try:
+            producer = KafkaProducer(**kwargs)
+            if self._exactly_once:
+                producer.init_transactions()
+        except (AuthorizationError, UnsupportedVersionError, KafkaConfigurationError) as error:
+            raise StreamError(f"the broker refuses to be written to: {error}") from error
+        except KafkaError as error:
+            raise RetryableError(f"no producer: {error!r}") from error
+        return producer
+
+    def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401
+        """Write one round; see `Sink.commit`."""
+        offsets = {
+            TopicPartition(*partition): OffsetAndMetadata(
+                position.offset, position.metadata.encode(), -1
+            )
+            for partition, position in round_.positions.items()
+        }
+        try:
+            if self._exactly_once:
+                self._producer.begin_transaction()
+                self._send(round_)
+                self._producer.send_offsets_to_transaction(offsets, generation)
+                self._producer.commit_transaction()
+            else:
+                futures = self._send(round_)
+                self._producer.flush(COMMIT_TIMEOUT_S)
+                for future in futures:
+                    future.get(timeout=0)
+                self._consumer.commit(offsets, timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
+        except (AuthorizationError, UnsupportedVersionError) as error:
+            raise StreamError(f"the broker refuses to be written to: {error}") from error
+        except KafkaError as error:
+            raise RetryableError(f"a commit failed: {error!r}") from error
+
+    def _send(self, round_: Round) -> list[Any]:
+        names, send = self._config.outputs, self._producer.send
+        futures = [
+            send(names.scores, key=score.entity.encode(), value=encode_score(score))
+            for score in round_.scores
+        ]
+        futures += [
+            send(names.alerts, key=alert.entity.encode(), value=encode_alert(alert))
+            for alert in round_.alerts
+        ]
+        futures += [self._send_dead_letter(letter) for letter in round_.dead_letters]
+        group = self._config.input.group
+        states = [(p, s.entity, encode_snapshot(s)) for p, s in round_.snapshots]
+        states += [(p, entity, None) for p, entity in round_.gone]  # type: ignore[misc]
+        futures += [
+            send(names.state, key=state_key(group, entity), value=value, partition=p.partition)
+            for p, entity, value in states
+        ]
+        return futures
+
+    def _send_dead_letter(self, letter: DeadLetter) -> Any:  # noqa: ANN401 - kafka is untyped
+        headers, value = dead_letter_headers(letter), letter.value
+        if value is not None and len(value) > self._largest:
+            # The topic takes no more than this; topic, partition and offset tell where the rest is.
+            headers.append(("truncated_from_bytes", str(len(value)).encode()))
+            value = value[: self._largest]
+        return self._producer.send(
+            self._config.outputs.dead_letters, key=letter.key, value=value, headers=headers
+        )
+
+    def reset(self) -> None:
+        """Replace the producer: its transaction is over, one way or the other."""
+        self._discard()
+        self._producer = self._connect()
+
+    def _discard(self) -> None:
+        try:
+            # No time to flush: what it still holds belongs to a round that will be done again.
+            self._producer.close(timeout=0)
+        except KafkaError as error:
+            _log.debug("closing a failed producer", error=repr(error))
+
+    def close(self) -> None:
+        """Every commit has flushed already."""
+        self._discard()
+
+
+_CHANNEL = pa.struct(
+    [
+        ("observed", pa.float64()),
+        ("expected", pa.float64()),
+        ("lower", pa.float64()),
+        ("upper", pa.float64()),
+        ("contribution", pa.float64()),
+    ]
+)
+SCORES_SCHEMA: Final = pa.schema(
+    [
+        ("entity", pa.string()),
+        ("timestamp", pa.timestamp("ms", tz="UTC")),
+        ("anomaly_score", pa.float64()),
+        ("p_value", pa.float64()),
+        ("state", pa.string()),
+        ("imputed_ratio", pa.float64()),
+        ("model", pa.string()),
+        ("channels", pa.map_(pa.string(), _CHANNEL)),
+    ]
+)
+
+
+class ParquetSink:
+    """Scores to one Parquet file, which appears under its name only when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._partial, SCORES_SCHEMA, compression="zstd")
+        self.alerts: list[AlertEvent] = []
+        self.rows = 0
+
+    def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401
+        """Append the scores of a round as one row group."""
+        self.alerts.extend(round_.alerts)
+        if not round_.scores:
+            return
+        columns: dict[str, list[Any]] = {name: [] for name in SCORES_SCHEMA.names}
+        for score in round_.scores:
+            columns["entity"].append(score.entity)
+            columns["timestamp"].append(score.timestamp_ms)
+            columns["anomaly_score"].append(score.anomaly_score)
+            columns["p_value"].append(score.p_value)
+            columns["state"].append(score.state)
+            columns["imputed_ratio"].append(score.imputed_ratio)
+            columns["model"].append(score.model)
+            columns["channels"].append([(n, c._asdict()) for n, c in score.channels.items()])
+        self._writer.write_table(pa.table(columns, schema=SCORES_SCHEMA))
+        self.rows += len(round_.scores)
+
+    def reset(self) -> None:
+        """Nothing can have failed."""
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        self._writer.close()
+        os.replace(self._partial, self._path)
+
+    def abandon(self) -> None:
+        """Remove what was written: the run did not come to its end."""
+        self._writer.close()
+        self._partial.unlink(missing_ok=True)

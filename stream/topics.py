@@ -1,0 +1,118 @@
+"""The topics of the service: checked, and where allowed created, before it starts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import structlog
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from stream.config import ServiceConfig
+from stream.errors import RetryableError, TopicError
+
+_log = structlog.get_logger("tsdiff.topics")
+
+# The broker's default for message.max.bytes, where it will not say.
+_DEFAULT_MAX_BYTES: Final = 1_048_588
+# A dead letter is as large as the message it keeps; topics made here take up to this.
+_DEAD_LETTER_MAX_BYTES: Final = 16 * 1024 * 1024
+
+
+def connect_admin(config: ServiceConfig, client_options: Mapping[str, Any]) -> KafkaAdminClient:
+    """Connect an admin client, or raise `RetryableError` naming the servers that were tried."""
+    try:
+        return KafkaAdminClient(
+            **config.input.client_kwargs(), bootstrap_timeout_ms=5_000, **client_options
+        )
+    except KafkaError as error:
+        servers = ",".join(config.input.bootstrap_servers)
+        raise RetryableError(
+            f"no broker answers at {servers} (input.bootstrap_servers): {error!r}"
+        ) from error
+
+
+def partition_count(admin: KafkaAdminClient, topic: str) -> int | None:
+    """Partitions of a topic, or `None` where there is no such topic."""
+    # All topics: asking for one by name would let some brokers create it.
+    for found in admin.describe_topics():
+        if found["name"] == topic:
+            return len(found["partitions"])
+    return None
+
+
+def prepare_topics(config: ServiceConfig, client_options: Mapping[str, Any] | None = None) -> int:
+    """Make sure that every topic is there; return how many bytes a dead letter may have.
+
+    Raises:
+        RetryableError: no broker answers, or the input topic does not exist (yet).
+        TopicError: an output topic is missing and may not be created, or is unfit.
+
+    """
+    admin = connect_admin(config, client_options or {})
+    try:
+        partitions = partition_count(admin, config.input.topic)
+        if partitions is None:
+            raise RetryableError(
+                f"topic {config.input.topic} (input.topic) does not exist on "
+                f"{','.join(config.input.bootstrap_servers)}; waiting for it"
+            )
+        _ensure_outputs(admin, config, partitions)
+        return _largest_dead_letter(admin, config)
+    except KafkaError as error:
+        raise RetryableError(f"looking at the topics failed: {error!r}") from error
+    finally:
+        admin.close()
+
+
+def _ensure_outputs(admin: KafkaAdminClient, config: ServiceConfig, partitions: int) -> None:
+    names = config.outputs
+    compact = {"cleanup.policy": "compact"}
+    wanted: dict[str, dict[str, str]] = {
+        names.scores: {},
+        names.alerts: compact,
+        names.dead_letters: {"max.message.bytes": str(_DEAD_LETTER_MAX_BYTES)},
+        # Small segments: compaction leaves the newest one alone, and all of it is read at start.
+        names.state: {**compact, "segment.bytes": str(16 * 1024 * 1024)},
+    }
+    missing = {name for name in wanted if partition_count(admin, name) is None}
+    if missing and not names.create_topics:
+        raise TopicError(
+            f"expected topics {', '.join(sorted(missing))}, which do not exist; create them with "
+            f"{partitions} partitions or set outputs.create_topics"
+        )
+    for name in sorted(missing):
+        options: dict[str, Any] = {"num_partitions": partitions, "configs": wanted[name]}
+        if names.replication_factor is not None:
+            options["replication_factor"] = names.replication_factor
+        try:
+            admin.create_topics({name: options})
+            _log.info("topic created", topic=name, partitions=partitions)
+        except TopicAlreadyExistsError:
+            continue  # another worker was quicker
+    have = _await_topic(lambda: partition_count(admin, names.state))
+    if have < partitions:
+        # State partition i belongs to input partition i.
+        admin.create_partitions({names.state: partitions})
+        _log.info("state topic grown to the input's partitions", partitions=partitions)
+
+
+def _await_topic(count: Callable[[], int | None], tries: int = 50) -> int:
+    for _ in range(tries):
+        found = count()
+        if found is not None:
+            return found
+    raise RetryableError("a topic that was just created is not visible yet")
+
+
+def _largest_dead_letter(admin: KafkaAdminClient, config: ServiceConfig) -> int:
+    resource = ConfigResource(ConfigResourceType.TOPIC, config.outputs.dead_letters)
+    try:
+        found = admin.describe_configs([resource], config_filter="all")
+        value = found["topic"][config.outputs.dead_letters]["max.message.bytes"]
+        limit = int(value["value"] if isinstance(value, dict) else value)
+    except (KafkaError, KeyError, TypeError, ValueError) as error:
+        _log.warning("dead-letter topic's max.message.bytes is unknown", error=repr(error))
+        limit = _DEFAULT_MAX_BYTES
+    # Room for headers, key and the batch's own framing.
+    return max(1024, limit - 16 * 1024)

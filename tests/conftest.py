@@ -1,0 +1,130 @@
+"""The real parts that tests need: Apache Kafka, labelled telemetry, Prometheus' tools.
+
+Where one cannot be had, the tests that need it skip and print the reason. With `CI` set in the
+environment they fail instead, so that a broken CI machine cannot look like a passing suite.
+"""
+
+import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A folder with a hyphen in its name, and outside of any package: its scripts run uninstalled.
+sys.path.insert(0, str(ROOT / "deploy" / "kafka-local"))
+
+from kafka_node import KafkaLocal, KafkaLocalError  # noqa: E402  (found by the line above)
+
+MARKED_BY_FIXTURE = {"kafka": "kafka", "make_topic": "kafka", "telemetry": "data"}
+
+
+class MakeTopic(Protocol):
+    """Creates a topic with a name nobody else uses; waits until it has leaders."""
+
+    def __call__(
+        self, partitions: int = 1, config: Mapping[str, str] | None = None, name: str = "test"
+    ) -> str:
+        """Return the topic's name, which begins with `name`."""
+        ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures they use, so that `-m "not kafka"` needs no bookkeeping."""
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            if fixture in MARKED_BY_FIXTURE:
+                item.add_marker(MARKED_BY_FIXTURE[fixture])
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test for `reason`, or fail it where `CI` is set."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason} (CI is set, so this is not skipped)", pytrace=False)
+    pytest.skip(reason)
+
+
+def require_program(name: str, package: str) -> str:
+    """Return the path of a program; `package` is what Debian calls its package."""
+    path = shutil.which(name)
+    if path is None:
+        unavailable(f"{name} is not in PATH; install it (Debian: {package})")
+    return path
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """Return the path of promtool, which checks Prometheus' rules and configuration."""
+    return require_program("promtool", "prometheus")
+
+
+@pytest.fixture(scope="session")
+def amtool() -> str:
+    """Return the path of amtool, which checks Alertmanager's configuration."""
+    return require_program("amtool", "prometheus-alertmanager")
+
+
+@pytest.fixture(scope="session")
+def telemetry() -> Path:
+    """Return the folder of labelled telemetry: `TSDIFF_DATA`, or `../shared/data`."""
+    folder = Path(os.environ.get("TSDIFF_DATA") or ROOT.parent / "shared" / "data")
+    if not any(folder.glob("*/*/train.parquet")):
+        # Never a failure in CI: the data's licences keep it out of the repository.
+        pytest.skip("no labelled telemetry; set TSDIFF_DATA to a folder <set>/<entity>/*.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[str]:
+    """Return the bootstrap servers of a real broker that all tests share.
+
+    `KAFKA_BOOTSTRAP_SERVERS` where it is set, else one node started for this session. Tests that
+    break their broker start their own: `KafkaLocal` in `deploy/kafka-local/kafka_node.py`.
+    """
+    given = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    if given:
+        host, _, port = given.split(",")[0].rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, ValueError) as error:
+            unavailable(f"no Kafka at KAFKA_BOOTSTRAP_SERVERS={given}: {error}")
+        yield given
+        return
+    try:
+        node = KafkaLocal(port=0).start()
+    except KafkaLocalError as error:
+        unavailable(f"no local Kafka: {error}")
+    try:
+        yield node.bootstrap_servers
+    finally:
+        node.stop()
+
+
+@pytest.fixture
+def make_topic(kafka: str) -> Iterator[MakeTopic]:
+    """Return a function that creates topics; they are deleted when the test ends."""
+    from kafka import KafkaAdminClient
+
+    made: list[str] = []
+    admin = KafkaAdminClient(bootstrap_servers=kafka)
+
+    def make(
+        partitions: int = 1, config: Mapping[str, str] | None = None, name: str = "test"
+    ) -> str:
+        topic = f"{name}-{uuid.uuid4().hex[:12]}"
+        options = {"num_partitions": partitions, "configs": dict(config or {})}
+        admin.create_topics({topic: options}, wait_for_metadata=True)
+        made.append(topic)
+        return topic
+
+    try:
+        yield make
+    finally:
+        if made:
+            admin.delete_topics(made, raise_errors=False)
+        admin.close()

@@ -1,0 +1,178 @@
+"""Held-out normal data -> tails, bands and the held-out metrics that go into the bundle."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsdiff import calibration, scorers
+from tsdiff.calibration import Calibration
+from tsdiff.reading import Model, Reader, read_spans
+from tsdiff.scorers import Readings
+from tsdiff.types import FloatArray
+from train.data import Dataset
+
+_SPAN = 512
+_Z90 = 1.645
+# Held-out cells that weigh as much as the pooled band scale in an entity's own.
+_PRIOR_CELLS = 200.0
+
+
+class Fitted(NamedTuple):
+    """Calibration tables, band scale (R+1, D), and metrics on the held-out part."""
+
+    calibration: Calibration
+    band_scale: FloatArray
+    metrics: dict[str, float]
+
+
+class _HeldOut(NamedTuple):
+    readings: Readings  # every field (N, ...)
+    z: FloatArray
+
+
+def read_held_out(
+    model: Model, dataset: Dataset, reader: Reader
+) -> list[_HeldOut]:
+    """Read every held-out slot of every entity, with the window before it as context."""
+    config = reader.config
+    read = jax.jit(partial(read_spans, reader=reader), static_argnames=("missing",))
+    result = []
+    for row, (series, at) in enumerate(zip(dataset.series, dataset.split, strict=True)):
+        # The slots that the first smoothed values need are read as well, but not calibrated on.
+        first = max(at - config.smoothing + 1, config.window - 1)
+        pieces = []
+        for start in range(first, len(series), _SPAN):
+            piece = np.full((config.window - 1 + _SPAN, series.shape[1]), np.nan, np.float32)
+            part = series[start - config.window + 1 : start + _SPAN]
+            piece[: len(part)] = part
+            missing = 0 if np.isfinite(part).all() else None
+            found = read(model, piece[None], jnp.asarray([row]), missing=missing)
+            kept = len(part) - config.window + 1
+            pieces.append([np.asarray(field[0, :kept]) for field in found])
+        fields = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+        result.append(_HeldOut(Readings(*fields), series[first:]))
+    return result
+
+
+def calibrate(
+    model: Model, dataset: Dataset, reader: Reader
+) -> Fitted:
+    """Fit the tails of every stream and of their combination, row by row and pooled."""
+    config = reader.config
+    held_out = read_held_out(model, dataset, reader)
+    skip = config.smoothing - 1
+    neutral = _rows([np.median(_covered(part), 0) for part in held_out], held_out)
+    values = []
+    for row, part in enumerate(held_out):
+        own = neutral[row][None]
+        streams = scorers.settle(part.readings.streams, part.readings.coverage, own)
+        history = np.full((1, skip, own.shape[-1]), np.nan, np.float32)
+        long = scorers.smooth(jnp.asarray(history), streams[None], jnp.asarray(own))[0]
+        values.append(np.concatenate([np.asarray(streams), np.asarray(long)], 1)[skip:])
+    pooled = np.concatenate(values)
+    knots = np.stack(
+        [[calibration.fit_knots(column) for column in sample.T] for sample in [*values, pooled]]
+    )
+    # A row's own exceedances are few: its tail's exponent leans on all rows' together.
+    exponent = [
+        calibration.fit_slope(column, last)
+        for column, last in zip(pooled.T, knots[-1, :, -1], strict=True)
+    ]
+    slope = np.array(
+        [
+            [
+                calibration.fit_slope(column, last, 1.0 / (np.log(10.0) * prior))
+                for column, last, prior in zip(sample.T, knots[row, :, -1], exponent, strict=True)
+            ]
+            for row, sample in enumerate([*values, pooled])
+        ],
+        np.float32,
+    )
+
+    def combined(sample: FloatArray, row: int) -> FloatArray:
+        evidence = calibration.stream_evidence(
+            jnp.asarray(sample)[None], knots[row][None], slope[row][None]
+        )
+        return np.asarray(calibration.combine(evidence, reader.network_weight)[0])
+
+    joint = [combined(sample, row) for row, sample in enumerate([*values, pooled])]
+    joint_knots = np.stack([calibration.fit_knots(sample) for sample in joint])
+    joint_slope = np.array(
+        [
+            calibration.fit_joint_slope(sample, last)
+            for sample, last in zip(joint, joint_knots[:, -1], strict=True)
+        ],
+        np.float32,
+    )
+    tables = Calibration(neutral, knots, slope, joint_knots, joint_slope)
+    band_scale, coverage = _fit_bands(held_out, skip)
+    evidence = np.concatenate(
+        [
+            np.asarray(
+                calibration.joint_evidence(
+                    jnp.asarray(sample)[None], joint_knots[[row]], joint_slope[[row]]
+                )
+            )[0]
+            for row, sample in enumerate(joint[:-1])
+        ]
+    )
+    metrics = {
+        "held_out_slots": float(len(pooled)),
+        "band_coverage": coverage,
+        "share_above_evidence_3": float((evidence > 3.0).mean()),
+        "largest_evidence": float(evidence.max()),
+    }
+    return Fitted(tables, band_scale, metrics)
+
+
+def _covered(part: _HeldOut) -> FloatArray:
+    """Streams of the slots in which at least half of the usual cells were observed."""
+    coverage = part.readings.coverage.min(-1)
+    kept = coverage >= 0.5 * np.median(coverage)
+    return part.readings.streams[kept & (coverage > 0)] if coverage.any() else part.readings.streams
+
+
+def _rows(own: Sequence[FloatArray], held_out: Sequence[_HeldOut]) -> FloatArray:
+    """One row per entity, then the pooled one."""
+    pooled = np.median(np.concatenate([_covered(part) for part in held_out]), 0)
+    return np.stack([*own, pooled]).astype(np.float32)
+
+
+def _fit_bands(held_out: Sequence[_HeldOut], skip: int) -> tuple[FloatArray, float]:
+    """Scale of the masked reading's sd, (R+1, D), so that 90 % of held-out cells lie in the band.
+
+    An entity with few readings of a channel leans on the pooled scale. Returns the share of cells
+    that the bands cover, too.
+    """
+    ratios = [
+        np.abs(part.z - part.readings.expected)[skip:] / part.readings.sd[skip:]
+        for part in held_out
+    ]
+    pooled = _quantile(np.concatenate(ratios), np.full(ratios[0].shape[1], _Z90))
+    rows = []
+    inside = count = 0.0
+    for ratio in ratios:
+        seen = np.isfinite(ratio).sum(0)
+        own = _quantile(ratio, pooled)
+        scale = (seen * own + _PRIOR_CELLS * pooled) / (seen + _PRIOR_CELLS)
+        rows.append(scale)
+        inside += float((ratio <= scale).sum())
+        count += float(seen.sum())
+    # A channel that never moves must not get a band of no width: the first rounding would be blamed.
+    scales = np.clip(np.stack([*rows, pooled]) / _Z90, 0.1, 100.0)
+    return scales.astype(np.float32), inside / max(count, 1.0)
+
+
+def _quantile(ratio: FloatArray, fallback: FloatArray) -> FloatArray:
+    """90th percentile per channel of the finite entries, `fallback` where there is none."""
+    result = fallback.astype(np.float64).copy()
+    for channel in range(ratio.shape[1]):
+        column = ratio[:, channel]
+        column = column[np.isfinite(column)]
+        if len(column):
+            result[channel] = np.quantile(column, 0.9)
+    return result

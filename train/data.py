@@ -1,0 +1,176 @@
+"""History -> series on the grid, split in time, with statistics; and window moments for the anchor.
+
+Takes any object shaped like `tsdiff.history.History`, so that a demo can train from memory.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tsdiff.config import ModelConfig
+from tsdiff.errors import HistoryError
+from tsdiff.normalize import Statistics, fit_statistics
+from tsdiff.types import DoubleArray, FloatArray
+from tsdiff.windows import sliding, to_grid
+from train.config import TrainConfig
+
+# Windows the anchor's covariance is made of; more would cost time and change nothing.
+_MOST_WINDOWS = 40_000
+_CHUNK = 4096
+_SHORTEST_PERIOD, _LONGEST_PERIOD = 8, 60
+
+
+class EntitySeries(Protocol):
+    """One entity's history, as `tsdiff.history.EntityHistory`."""
+
+    @property
+    def entity(self) -> str: ...
+    @property
+    def timestamps_ms(self) -> NDArray[np.int64]: ...
+    @property
+    def values(self) -> FloatArray: ...
+
+
+class HistoryLike(Protocol):
+    """Channels and entities, as `tsdiff.history.History`."""
+
+    @property
+    def channels(self) -> tuple[str, ...]: ...
+    @property
+    def entities(self) -> Sequence[EntitySeries]: ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Series of all entities in normalised units (N_e, D) float32, NaN missing.
+
+    Rows before `split[e]` are for fitting, the rest are held out.
+    """
+
+    channels: tuple[str, ...]
+    entities: tuple[str, ...]
+    series: tuple[FloatArray, ...]
+    split: tuple[int, ...]
+    statistics: Statistics
+    fingerprint: str
+    smoothing: int
+
+
+def fewest_rows(model: ModelConfig) -> int:
+    """Slots an entity must have so that there is something to fit and something to hold out."""
+    return 3 * model.window
+
+
+def held_out_slots(length: int, config: TrainConfig) -> int:
+    """Slots at the end that are held out: the configured share, more where that is too few."""
+    return max(round(config.held_out * length), min(config.min_held_out, length // 3))
+
+
+def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
+    """Put history on the grid, split it and normalise it with the fitting part's statistics.
+
+    Raises:
+        HistoryError: no entity, or one with too few slots or without any reading.
+    """
+    if not history.entities:
+        raise HistoryError("expected history of at least one entity, got none")
+    needed = fewest_rows(config.model)
+    grids: list[FloatArray] = []
+    digest = hashlib.sha256(repr((tuple(history.channels), period_ms)).encode())
+    for entity in history.entities:
+        slots, grid = to_grid(
+            entity.timestamps_ms, entity.values, period_ms, config.model.window
+        )
+        grid = np.where(np.isfinite(grid), grid, np.nan).astype(np.float32)
+        if len(grid) < needed:
+            raise HistoryError(
+                f"expected at least {needed} slots of {period_ms / 1000:g} s per entity "
+                f"(3 windows of {config.model.window}), {entity.entity} has {len(grid)}; give "
+                "longer history, a shorter --period, a smaller --window, or leave it out: an "
+                "entity never seen in training is scored with the pooled statistics"
+            )
+        digest.update(entity.entity.encode())
+        digest.update(slots.astype("<i8").tobytes())
+        digest.update(grid.astype("<f4").tobytes())
+        grids.append(grid)
+    split = tuple(len(grid) - held_out_slots(len(grid), config) for grid in grids)
+    fitting = [grid[:at] for grid, at in zip(grids, split, strict=True)]
+    if not any(np.isfinite(part).any() for part in fitting):
+        raise HistoryError("expected readings in the history, every cell of it is missing")
+    statistics = fit_statistics(fitting, config.model.scale_floor)
+    series = []
+    for row, grid in enumerate(grids):
+        z = (grid - statistics.mean[row]) / statistics.scale[row]
+        size = np.abs(z)
+        clip = config.model.clip
+        beyond = np.sign(z) * (clip + np.log1p(np.maximum(size - clip, 0)))
+        series.append(np.where(size > clip, beyond, z).astype(np.float32))
+    smoothing = config.smoothing or find_period(
+        [part[:at] for part, at in zip(series, split, strict=True)]
+    )
+    return Dataset(
+        channels=tuple(history.channels),
+        entities=tuple(entity.entity for entity in history.entities),
+        series=tuple(series),
+        split=split,
+        statistics=statistics,
+        fingerprint=digest.hexdigest(),
+        smoothing=smoothing,
+    )
+
+
+def find_period(series: Sequence[FloatArray]) -> int:
+    """The strongest peak of the channels' mean autocorrelation, 8 to 60 slots (60 without one)."""
+    longest = min(300, min(len(part) for part in series) // 3)
+    total = np.zeros(longest)
+    for part in series:
+        recent = np.nan_to_num(part[-20_000:])
+        recent = recent - recent.mean(0)
+        size = 1 << (2 * len(recent) - 1).bit_length()
+        spectrum = np.abs(np.fft.rfft(recent, size, axis=0)) ** 2
+        correlation = np.fft.irfft(spectrum, size, axis=0)[:longest]
+        total += (correlation / np.maximum(correlation[0], 1e-9)).mean(1)
+    total /= len(series)
+    inner = total[1:-1]
+    peaks = np.flatnonzero((inner > total[:-2]) & (inner > total[2:])) + 1
+    peaks = peaks[peaks >= 3]
+    if len(peaks) == 0:
+        return _LONGEST_PERIOD
+    period = int(peaks[np.argmax(total[peaks])])
+    return int(np.clip(period, _SHORTEST_PERIOD, _LONGEST_PERIOD))
+
+
+def window_moments(dataset: Dataset, length: int) -> tuple[DoubleArray, DoubleArray, int]:
+    """Mean (N,) and covariance (N, N) of flattened windows of the fitting parts, and their number.
+
+    Missing cells are left out pair by pair. Windows of all entities count alike.
+    """
+    parts = [series[:at] for series, at in zip(dataset.series, dataset.split, strict=True)]
+    available = sum(len(part) - length + 1 for part in parts)
+    stride = -(-available // _MOST_WINDOWS)
+    cells = length * len(dataset.channels)
+    total, count = np.zeros(cells), np.zeros(cells)
+    products, pairs = np.zeros((cells, cells)), np.zeros((cells, cells))
+    number = 0
+    for part in parts:
+        view = sliding(part, length, stride)
+        for start in range(0, len(view), _CHUNK):
+            window = np.asarray(view[start : start + _CHUNK]).reshape(-1, cells)
+            observed = np.isfinite(window).astype(np.float32)
+            filled = np.nan_to_num(window)
+            number += len(window)
+            total += filled.sum(0, dtype=np.float64)
+            count += observed.sum(0, dtype=np.float64)
+            products += filled.T @ filled
+            pairs += len(window) if observed.all() else observed.T @ observed
+    mean = total / np.maximum(count, 1)
+    # Sums were taken about zero: in normalised units the mean is small and nothing cancels.
+    covariance = products / np.maximum(pairs, 1) - np.outer(mean, mean)
+    # A pair hardly ever seen together says nothing about how the two go together.
+    covariance = np.where(pairs >= 0.01 * number, covariance, 0.0)
+    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 0.0))
+    return mean, covariance, number

@@ -1,0 +1,137 @@
+# ruff: noqa: F722
+"""Streams -> tail probability on held-out normal data -> evidence, and the operator's threshold.
+
+Evidence is -log10 of the probability that normal data reach such a value. A stream's tail is
+empirical up to the 98th percentile (interpolated knots) and a power law beyond, that is,
+exponential in the stream's logarithm (Hill 1975). The largest evidence of several streams is no
+tail probability of its own; it is calibrated once more the same way, its tail exponential.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from tsdiff.types import FloatArray
+
+KNOTS = 33
+TAIL = 0.02  # probability beyond the last knot: with a day of minutes, 30 exceedances to fit
+_TAIL_EVIDENCE = -math.log10(TAIL)
+MAX_EVIDENCE = 30.0  # 1e-30 per slot: once in longer than the world has stood
+MIN_STREAM = 1e-6
+# Exceedances that a row must have before its own tail outweighs the prior one.
+_PRIOR_EXCEEDANCES = 20.0
+_PRIOR_LOG_EXCESS = 0.2  # a power law of exponent 5, heavy enough for telemetry
+_LN10 = math.log(10.0)
+_WEEK_MS = 7 * 24 * 3600 * 1000
+
+
+def evidence_threshold(false_alarms_per_entity_week: float, period_ms: int) -> float:
+    """Return -log10 of the per-slot probability that the asked rate of false alarms allows.
+
+    The anomaly score is evidence divided by this, so that 1 is as rare as was asked for.
+    """
+    if not (math.isfinite(false_alarms_per_entity_week) and false_alarms_per_entity_week > 0):
+        raise ValueError(
+            "expected a positive rate of false alarms per entity and week, "
+            f"got {false_alarms_per_entity_week}"
+        )
+    slots = _WEEK_MS / period_ms
+    # More than one alarm in two slots is no threshold at all.
+    return -math.log10(min(false_alarms_per_entity_week / slots, 0.5))
+
+
+class Calibration(NamedTuple):
+    """Tails per row (R entities, then the pooled row) and stream; C = 2S: short, then long scale.
+
+    `neutral` (R+1, S) median of each stream; `knots` (R+1, C, Q) values at evenly spaced evidence
+    from 0 to that of the 98th percentile; `slope` (R+1, C) evidence per log of the stream beyond;
+    `joint_knots` (R+1, Q) and `joint_slope` (R+1,) the same for the combination.
+    """
+
+    neutral: Array
+    knots: Array
+    slope: Array
+    joint_knots: Array
+    joint_slope: Array
+
+
+def knot_levels() -> FloatArray:
+    """Evidence at the knots."""
+    return np.linspace(0.0, _TAIL_EVIDENCE, KNOTS, dtype=np.float32)
+
+
+def fit_knots(sample: FloatArray) -> FloatArray:
+    """Quantiles of `sample` (N,) at the knots' evidence, strictly increasing, (Q,)."""
+    levels = 1.0 - 10.0 ** -np.linspace(0.0, _TAIL_EVIDENCE, KNOTS)
+    knots = np.quantile(sample.astype(np.float64), levels)
+    # Ties (a stream that never moves) would make the inverse jump: part them by a hair.
+    hair = np.maximum(np.abs(knots[-1]), MIN_STREAM) * 1e-5
+    return np.asarray(np.maximum.accumulate(knots) + hair * np.arange(KNOTS), np.float32)
+
+
+def _excess_mean(excess: FloatArray, prior: float) -> float:
+    """Mean of exponential excesses, shrunk to `prior` while there are few."""
+    total = float(excess.sum(dtype=np.float64))
+    return (total + _PRIOR_EXCEEDANCES * prior) / (len(excess) + _PRIOR_EXCEEDANCES)
+
+
+def fit_slope(sample: FloatArray, last_knot: float, prior: float = _PRIOR_LOG_EXCESS) -> float:
+    """Evidence per unit of log(stream) beyond the last knot."""
+    edge = max(last_knot, MIN_STREAM)
+    beyond = sample[sample > edge]
+    return 1.0 / (_LN10 * max(_excess_mean(np.log(beyond / edge), prior), 1e-3))
+
+
+def fit_joint_slope(sample: FloatArray, last_knot: float) -> float:
+    """Evidence per unit of combined evidence beyond the last knot: near 1 when tails were right."""
+    beyond = sample[sample > last_knot]
+    return 1.0 / (_LN10 * max(_excess_mean(beyond - last_knot, 1.0 / _LN10), 1e-3))
+
+
+def _interpolate(values: Array, knots: Array) -> tuple[Array, Array]:
+    """Evidence up to the last knot, and whether a value lies beyond it."""
+    position = (values[..., None] >= knots).sum(-1)
+    lower = jnp.clip(position - 1, 0, KNOTS - 2)
+    left = jnp.take_along_axis(knots, lower[..., None], -1)[..., 0]
+    right = jnp.take_along_axis(knots, lower[..., None] + 1, -1)[..., 0]
+    part = jnp.clip((values - left) / (right - left), 0.0, 1.0)
+    return (lower + part) * (_TAIL_EVIDENCE / (KNOTS - 1)), values > knots[..., -1]
+
+
+def stream_evidence(
+    values: Float[Array, "E T C"], knots: Float[Array, "E C Q"], slope: Float[Array, "E C"]
+) -> Float[Array, "E T C"]:
+    """-log10 of each stream's tail probability: monotone, finite, at most `MAX_EVIDENCE`."""
+    shape = (*values.shape, knots.shape[-1])
+    inside, beyond = _interpolate(values, jnp.broadcast_to(knots[:, None], shape))
+    edge = jnp.maximum(knots[:, None, :, -1], MIN_STREAM)
+    tail = _TAIL_EVIDENCE + slope[:, None] * jnp.log(jnp.maximum(values, edge) / edge)
+    return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)
+
+
+def combine(evidence: Float[Array, "E T C"], network_weight: float) -> Float[Array, "E T"]:
+    """Combine the streams: the anchor's largest, plus the network's largest, weighted.
+
+    The network's reading is added, since it sees what the anchor does not (context, shape); a
+    maximum over all of them would only pay for more chances of a false alarm.
+    """
+    streams = evidence.shape[-1] // 2
+    anchor = jnp.concatenate([evidence[..., :2], evidence[..., streams : streams + 2]], -1).max(-1)
+    if streams == 2:
+        return anchor
+    return anchor + network_weight * jnp.maximum(evidence[..., 2], evidence[..., -1])
+
+
+def joint_evidence(
+    combined: Float[Array, "E T"], knots: Float[Array, "E Q"], slope: Float[Array, "E"]
+) -> Float[Array, "E T"]:
+    """-log10 of the combination's own tail probability."""
+    shape = (*combined.shape, knots.shape[-1])
+    inside, beyond = _interpolate(combined, jnp.broadcast_to(knots[:, None], shape))
+    last = knots[:, None, -1]
+    tail = _TAIL_EVIDENCE + slope[:, None] * jnp.maximum(combined - last, 0.0)
+    return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)

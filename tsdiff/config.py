@@ -1,0 +1,72 @@
+"""Frozen settings of the model. They are stored in the bundle; nothing here is read at run time."""
+
+from dataclasses import dataclass
+
+from tsdiff.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a window is, and the Gaussian anchor. Lengths are in slots, noise in normalised units.
+
+    `window` is the context kept per entity; `anchor_window` how much of it the anchor sees;
+    `hidden` how many last slots a masked reading hides; `sigma` the noise level of the
+    unmasked reading; `smoothing` the long scale of the streams (the training data's period).
+    """
+
+    window: int = 64
+    anchor_window: int = 16  # 16 slots of 38 channels is what a 64-rank Gaussian can learn in a day
+    rank: int = 64
+    noise_floor: float = 0.1  # variance; keeps float32 algebra well-conditioned (cond(M) < 1e5)
+    scale_floor: float = 0.05  # of the typical standard deviation: near-constant channels
+    clip: float = 10.0  # normalised units; beyond it values grow as their logarithm
+    sigma: float = 0.5
+    hidden: int = 4
+    smoothing: int = 30
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.hidden < self.anchor_window <= self.window:
+            raise ConfigError(
+                "expected 1 <= hidden < anchor_window <= window, got "
+                f"hidden={self.hidden}, anchor_window={self.anchor_window}, window={self.window}"
+            )
+        if self.rank < 1 or self.noise_floor <= 0 or self.sigma <= 0 or self.smoothing < 1:
+            raise ConfigError(
+                "expected rank, smoothing >= 1 and noise_floor, sigma > 0, got "
+                f"rank={self.rank}, smoothing={self.smoothing}, noise_floor={self.noise_floor}, "
+                f"sigma={self.sigma}"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network on the anchor: a mixer over tokens of `patch` slots."""
+
+    width: int = 96
+    blocks: int = 2
+    patch: int = 4  # tokens of several slots: a quarter of the arithmetic of slot tokens
+    expand: int = 2
+    entity_width: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.blocks, self.patch, self.expand, self.entity_width) < 1:
+            raise ConfigError(f"expected positive sizes for the network, got {self}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """Noise levels of training: log-normal (Karras et al. 2022, table 1) plus a mass at infinity.
+
+    At infinity a target cell says nothing: one step of denoising is then the conditional mean.
+    """
+
+    log_sigma_mean: float = -0.7
+    log_sigma_std: float = 1.0
+    infinite_share: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.log_sigma_std <= 0 or not 0 <= self.infinite_share <= 1:
+            raise ConfigError(
+                "expected log_sigma_std > 0 and 0 <= infinite_share <= 1, got "
+                f"{self.log_sigma_std} and {self.infinite_share}"
+            )

@@ -1,0 +1,358 @@
+# ruff: noqa: F722
+"""A bundle put to work: raw values in, calibrated evidence, expected values and bands out.
+
+The compiled function is pure and stateless: everything a result depends on is in its arguments.
+It is compiled once for each of a few padded shapes (`batch_sizes` x `span_sizes`, with no, few and
+any number of missing cells); whatever comes in is cut and padded to these, so the steady state never compiles.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from tsdiff import calibration, scorers
+from tsdiff.bundle import Bundle
+from tsdiff.calibration import Calibration
+from tsdiff.errors import BundleError
+from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
+from tsdiff.reading import Model, Reader, build_model, read_spans
+from tsdiff.types import DoubleArray, FloatArray, IntArray
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+# Missing cells per window that a compiled shape is made for: none; one silent channel, or a slot
+# of a few, or 1 % here and there; any number.
+_MISSING: tuple[int | None, ...] = (0, 16, None)
+_Z90 = 1.645  # half-width of a 90 % band in standard deviations
+
+
+class Detection(NamedTuple):
+    """What `Detector.detect` returns, NumPy float32; rows past an entity's length are NaN.
+
+    `evidence` (E, T) is -log10 of the tail probability; `streams` (E, T, S) is to be kept as
+    history; `expected`, `lower`, `upper` (E, T, D) are in raw units, a 90 % band; `contribution`
+    (E, T, D) sums to 1 over the observed channels; `imputed_ratio` (E, T) is the share of missing
+    cells of the slot.
+    """
+
+    evidence: FloatArray
+    streams: FloatArray
+    expected: FloatArray
+    lower: FloatArray
+    upper: FloatArray
+    contribution: FloatArray
+    imputed_ratio: FloatArray
+
+
+class Tables(NamedTuple):
+    """Arrays of the bundle beside the model: calibration and band scale (R+1, D)."""
+
+    calibration: Calibration
+    band_scale: Array
+
+
+def _contributions(
+    deviation: Float[Array, "E T D"], observed: Array
+) -> Float[Array, "E T D"]:
+    """Squared deviations as shares of their sum; shares are equal where nothing deviates."""
+    squared = jnp.where(observed, jnp.minimum(deviation**2, 1e12), 0.0)
+    total = squared.sum(-1, keepdims=True)
+    count = jnp.maximum(observed.sum(-1, keepdims=True), 1)
+    return jnp.where(total > 0, squared / jnp.maximum(total, 1e-30), observed / count)
+
+
+def detect_spans(
+    model: Model,
+    tables: Tables,
+    values: Float[Array, "E M D"],
+    mean: Float[Array, "E D"],
+    scale: Float[Array, "E D"],
+    rows: Int[Array, "E"],
+    history: Float[Array, "E H S"],
+    *,
+    reader: Reader,
+    missing: int | None,
+) -> Detection:
+    """Score the last T = M - W + 1 slots of every entity: the function that is compiled."""
+    fitted, config = tables.calibration, reader.config
+    centre, unit = mean[:, None, :], scale[:, None, :]
+    z = normalize(values, centre, unit, config.clip)
+    read = read_spans(model, z, rows, reader, missing=missing)
+    neutral = fitted.neutral[rows]
+    streams = scorers.settle(read.streams, read.coverage, neutral[:, None, :])
+    streams = jnp.where(jnp.isfinite(streams), streams, neutral[:, None, :])
+    long = scorers.smooth(history, streams, neutral)
+    evidence = calibration.stream_evidence(
+        jnp.concatenate([streams, long], -1), fitted.knots[rows], fitted.slope[rows]
+    )
+    combined = calibration.combine(evidence, reader.network_weight)
+    joint = calibration.joint_evidence(
+        combined, fitted.joint_knots[rows], fitted.joint_slope[rows]
+    )
+    z = z[:, config.window - 1 :]
+    observed = jnp.isfinite(z)
+    half_width = read.sd * tables.band_scale[rows][:, None, :]
+    raw = partial(denormalize, mean=centre, scale=unit, clip=config.clip)
+    return Detection(
+        evidence=joint,
+        streams=streams,
+        expected=raw(read.expected),
+        lower=raw(read.expected - _Z90 * half_width),
+        upper=raw(read.expected + _Z90 * half_width),
+        contribution=_contributions((z - read.expected) / half_width, observed),
+        imputed_ratio=1.0 - observed.mean(-1),
+    )
+
+
+def _plan(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cut `total` into pieces (start, length, padded size) of the given sizes.
+
+    Rounds up rather than make more than four calls: padding is cheap, calls are not.
+    """
+    start = 0
+    while start < total:
+        left = total - start
+        fitting = [size for size in sizes if size <= left]
+        larger = [size for size in sizes if size > left]
+        size = max(fitting, default=0)
+        if larger and left > 4 * size:
+            size = min(larger)
+        length = min(size, left)
+        yield start, length, size
+        start += length
+
+
+class Detector:
+    """Scores spans of slots for many entities at once.
+
+    Attributes:
+        bundle: what it was built from.
+        window: slots of raw history a slot needs, itself included (W).
+        history: earlier slots whose stream values the long time scale needs (P - 1).
+        streams: raw stream values per slot that are kept as history (S).
+        compilations: how often the function has been traced.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        batch_sizes: Sequence[int] = (8, 256),
+        span_sizes: Sequence[int] = (1, 64),
+    ) -> None:
+        self.bundle = bundle
+        self.channels = bundle.channels
+        self.period_ms = bundle.period_ms
+        self._config = bundle.manifest.model
+        self.window = self._config.window
+        self.history = self._config.smoothing - 1
+        self.compilations = 0
+        self._batch_sizes = tuple(sorted(batch_sizes))
+        self._span_sizes = tuple(sorted(span_sizes))
+        self._rows = {entity: row for row, entity in enumerate(bundle.entities)}
+        try:
+            self._statistics = Statistics(
+                *(_float(bundle, f"statistics.{name}") for name in Statistics.__annotations__)
+            )
+            self._tables = Tables(
+                Calibration(
+                    *(
+                        jnp.asarray(_float(bundle, f"calibration.{name}"))
+                        for name in Calibration._fields
+                    )
+                ),
+                jnp.asarray(_float(bundle, "band_scale")),
+            )
+            self._model, self._reader = build_model(bundle)
+        except KeyError as error:
+            raise BundleError(
+                f"bundle {bundle.manifest.name} lacks the array {error}; train it again"
+            ) from error
+        self.streams = int(self._tables.calibration.neutral.shape[1])
+        self._compiled = jax.jit(self._trace, static_argnames=("missing",))
+
+    def _trace(
+        self,
+        model: Model,
+        tables: Tables,
+        values: Array,
+        mean: Array,
+        scale: Array,
+        rows: Array,
+        history: Array,
+        missing: int | None,
+    ) -> Detection:
+        self.compilations += 1  # runs when JAX traces, that is, once per shape
+        return detect_spans(
+            model,
+            tables,
+            values,
+            mean,
+            scale,
+            rows,
+            history,
+            reader=self._reader,
+            missing=missing,
+        )
+
+    def row(self, entity: str) -> int:
+        """Row of an entity of the training data; -1 for one never seen."""
+        return self._rows.get(entity, -1)
+
+    def statistics(self, row: int) -> tuple[FloatArray, FloatArray]:
+        """Mean and scale (D,) of a row; row -1 is the pooled one."""
+        return self._statistics.mean[row].copy(), self._statistics.scale[row].copy()
+
+    def fit_statistics(
+        self, count: DoubleArray, total: DoubleArray, total_sq: DoubleArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Mean and scale (D,) of a never-seen entity from running sums (D,) of raw readings."""
+        return running_statistics(
+            count, total, total_sq, self._statistics, self._config.scale_floor
+        )
+
+    def warm_up(self) -> None:
+        """Compile every shape, so that no later call has to."""
+        channels = len(self.channels)
+        mean, scale = self.statistics(-1)
+        for batch in self._batch_sizes:
+            for span in self._span_sizes:
+                for missing in _MISSING:
+                    shape = (batch, self.window - 1 + span, channels)
+                    self._call(
+                        np.zeros(shape, np.float32),
+                        np.tile(mean, (batch, 1)),
+                        np.tile(scale, (batch, 1)),
+                        np.full(batch, -1, np.int32),
+                        np.full((batch, self.history, self.streams), np.nan, np.float32),
+                        missing=missing,
+                    )
+
+    def _call(
+        self,
+        values: FloatArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        rows: IntArray,
+        history: FloatArray,
+        *,
+        missing: int | None,
+    ) -> Detection:
+        found = self._compiled(
+            self._model, self._tables, values, mean, scale, rows, history, missing=missing
+        )
+        return Detection(*(np.asarray(part) for part in found))
+
+    def detect(
+        self,
+        values: FloatArray,
+        lengths: IntArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        rows: IntArray,
+        history: FloatArray,
+    ) -> Detection:
+        """Score the last slots of E entities; the result does not depend on cuts or batches.
+
+        `values` (E, W-1+T, D) are raw, NaN = missing; entity e's scored slots are rows W-1 to
+        W-1+lengths[e]-1, what follows is padding. `mean`, `scale` (E, D) are its statistics, `rows`
+        (E,) its row (-1: pooled), `history` (E, P-1, S) the streams of the slots before the span,
+        oldest first, NaN = none.
+
+        Raises:
+            ValueError: an argument has a shape other than these.
+        """
+        values = np.asarray(values, np.float32)
+        lengths = np.asarray(lengths, np.int32)
+        self._check(values, lengths, mean, scale, rows, history)
+        entities, span = len(values), values.shape[1] - self.window + 1
+        result = self._empty(entities, span)
+        history = np.array(history, np.float32)
+        for start, length, size in _plan(span, self._span_sizes):
+            piece = values[:, start : start + self.window - 1 + length]
+            most = self._most_missing(piece, lengths - start)
+            kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
+            alive = lengths > start
+            for number, missing in enumerate(_MISSING):
+                chosen = np.flatnonzero(alive & (kind == number))
+                for begin, count, padded in _plan(len(chosen), self._batch_sizes):
+                    index = chosen[begin : begin + count]
+                    found = self._call(
+                        _pad(piece[index], padded, size - length),
+                        _pad(mean[index], padded, fill=0.0),
+                        _pad(scale[index], padded, fill=1.0),
+                        _pad(rows[index], padded, fill=-1),
+                        _pad(history[index], padded),
+                        missing=missing,
+                    )
+                    for whole, part in zip(result, found, strict=True):
+                        whole[index, start : start + length] = part[:count, :length]
+            recent = np.concatenate([history, result.streams[:, start : start + length]], 1)
+            history = recent[:, recent.shape[1] - self.history :]
+        beyond = np.arange(span) >= lengths[:, None]
+        for whole in result:
+            whole[beyond] = np.nan
+        return result
+
+    def _most_missing(self, values: FloatArray, lengths: IntArray) -> NDArray[np.int64]:
+        """Most missing cells in any anchor window of each entity's span, (E,)."""
+        length = self._config.anchor_window
+        cells = np.count_nonzero(~np.isfinite(values[:, self.window - length :]), axis=2)
+        windows = np.lib.stride_tricks.sliding_window_view(cells, length, axis=1).sum(2)
+        # Padding after an entity's own length does not make its windows incomplete.
+        return np.where(np.arange(windows.shape[1]) < lengths[:, None], windows, 0).max(1)
+
+    def _empty(self, entities: int, span: int) -> Detection:
+        channels = len(self.channels)
+        shapes: list[tuple[int, ...]] = [(), (self.streams,)] + [(channels,)] * 4 + [()]
+        return Detection(
+            *(np.full((entities, span, *shape), np.nan, np.float32) for shape in shapes)
+        )
+
+    def _check(
+        self,
+        values: FloatArray,
+        lengths: IntArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        rows: IntArray,
+        history: FloatArray,
+    ) -> None:
+        entities, channels = len(values), len(self.channels)
+        if values.ndim != 3 or values.shape[1] < self.window or values.shape[2] != channels:
+            raise ValueError(
+                f"expected values of shape (E, {self.window} - 1 + T, {channels}) with T >= 1, "
+                f"got {values.shape}"
+            )
+        wanted = {
+            "lengths": (lengths, (entities,)),
+            "mean": (mean, (entities, channels)),
+            "scale": (scale, (entities, channels)),
+            "rows": (rows, (entities,)),
+            "history": (history, (entities, self.history, self.streams)),
+        }
+        for name, (array, shape) in wanted.items():
+            if array.shape != shape:
+                raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
+
+
+def _float(bundle: Bundle, name: str) -> FloatArray:
+    return np.asarray(bundle.arrays[name], np.float32)
+
+
+def _pad(
+    array: NDArray[_Scalar], batch: int, span: int = 0, *, fill: float = np.nan
+) -> NDArray[_Scalar]:
+    """Pad the first axis to `batch`, the second by `span`."""
+    short = batch - len(array)
+    if short == 0 and span == 0:
+        return array
+    widths = [(0, short), (0, span)][: array.ndim] + [(0, 0)] * (array.ndim - 2)
+    return np.pad(array, widths, constant_values=fill)

@@ -1,0 +1,123 @@
+# ruff: noqa: F722
+"""Windows -> evidence streams: reconstruction, density and (with a network) forecast.
+
+A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
+a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
+it is, and as a moving average over the training data's period.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from tsdiff import anchor
+from tsdiff.anchor import Whitened
+from tsdiff.config import ModelConfig
+
+
+class Readings(NamedTuple):
+    """What a batch of windows says about its last slots.
+
+    `streams` (B, S) raw values; `coverage` (B, S) the share of the cells behind each that were
+    observed (0: the value means nothing); `expected` and `sd` (B, D) in normalised units, from
+    the masked reading.
+    """
+
+    streams: Float[Array, "B S"]
+    coverage: Float[Array, "B S"]
+    expected: Float[Array, "B D"]
+    sd: Float[Array, "B D"]
+
+
+def read_anchor(
+    noisy: Whitened,
+    clean: Whitened,
+    x: Float[Array, "B L D"],
+    observed: Bool[Array, "B L D"],
+    config: ModelConfig,
+    *,
+    missing: int | None,
+) -> Readings:
+    """Reconstruction and density at `config.sigma` (`noisy`), the masked reading at 0 (`clean`).
+
+    `x` is normalised, 0 where missing; `missing` as in `anchor.solve`.
+    """
+    batch, _, channels = x.shape
+    flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
+    solved = anchor.solve(noisy, flat, seen, missing=missing)
+    streams = jnp.stack(
+        [
+            _reconstruction(noisy, solved, channels, config.sigma, seen),
+            anchor.mahalanobis(solved) / jnp.maximum(seen.sum(-1), 1),
+        ],
+        axis=-1,
+    )
+    coverage = jnp.stack([seen[:, -channels:].mean(-1), seen.mean(-1)], axis=-1)
+    # A slot in which nothing arrived says nothing, whatever the slots before it said.
+    coverage = jnp.where(coverage[:, :1] > 0, coverage, 0.0)
+    solved = anchor.solve(clean, flat, seen, missing=missing)
+    masked = anchor.masked_reading(clean, solved, seen, channels, config.hidden)
+    return Readings(streams, coverage, masked.expected, masked.sd)
+
+
+def _reconstruction(
+    noisy: Whitened,
+    solved: anchor.Solved,
+    channels: int,
+    sigma: float,
+    observed: Bool[Array, "B N"],
+) -> Float[Array, "B"]:
+    """Mean over the last slot's observed channels of |x - D(x; sigma)| / s, nothing masked.
+
+    D is the anchor's posterior mean with noise level sigma and the noise itself at its mean, 0.
+    In whitened units x - D = sigma^2 v^-1/2 e and s^2 = sigma^2 / v (noise + sigma^2 g), with e
+    the residual, v = noise + sigma^2 and g the cell's variance through the latent variables.
+    """
+    rows = noisy.loadings[-channels:]
+    seen = observed[:, -channels:]
+    residual = solved.residual[:, -channels:] - solved.latent @ rows.T
+    through_latent = anchor.latent_variance(solved, rows)
+    noise = noisy.scale[-channels:] ** 2 - sigma**2
+    error = jnp.abs(residual) * sigma / jnp.sqrt(noise + sigma**2 * through_latent)
+    return (error * seen).sum(-1) / jnp.maximum(seen.sum(-1), 1)
+
+
+def with_forecast(
+    readings: Readings,
+    x: Float[Array, "B D"],
+    observed: Bool[Array, "B D"],
+    expected: Float[Array, "B D"],
+    sd: Float[Array, "B D"],
+) -> Readings:
+    """Add the network's stream: mean over observed channels of |x - D| / s for the last slot."""
+    error = jnp.where(observed, jnp.abs(x - expected) / sd, 0.0)
+    stream = error.sum(-1) / jnp.maximum(observed.sum(-1), 1)
+    return readings._replace(
+        streams=jnp.concatenate([readings.streams, stream[:, None]], -1),
+        coverage=jnp.concatenate([readings.coverage, observed.mean(-1, keepdims=True)], -1),
+    )
+
+
+def settle(
+    streams: Float[Array, "*n S"], coverage: Float[Array, "*n S"], neutral: Float[Array, "*#n S"]
+) -> Float[Array, "*n S"]:
+    """Draw streams that rest on few cells towards their `neutral` value.
+
+    The mean of n cells scatters as n^-1/2; without this, sparse windows would look strange only
+    for being sparse. Where nothing was observed the neutral value itself remains.
+    """
+    return jnp.where(coverage > 0, neutral + (streams - neutral) * jnp.sqrt(coverage), neutral)
+
+
+def smooth(
+    history: Float[Array, "E H S"], streams: Float[Array, "E T S"], neutral: Float[Array, "E S"]
+) -> Float[Array, "E T S"]:
+    """Moving average over H + 1 slots, the slot itself included; NaN history counts as neutral."""
+    past = jnp.where(jnp.isnan(history), neutral[:, None, :], history)
+    both = jnp.concatenate([past, streams], axis=1)
+    span, length = streams.shape[1], history.shape[1] + 1
+    lag = jnp.arange(span)[:, None] + length - 1 - jnp.arange(both.shape[1])[None, :]
+    band = ((lag >= 0) & (lag < length)).astype(streams.dtype) / length
+    return jnp.einsum("tm,ems->ets", band, both)
