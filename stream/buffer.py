@@ -248,7 +248,7 @@ class PartitionBuffer:
         self._snapshot[row] = first_slot
         self._alive[row] = True
         sums = None if known else np.zeros((3, self.grid.channels))
-        self.entities[row] = _Entity(name, AlertState(), sums)
+        self.entities[row] = _Entity(name, AlertState(since_slot=first_slot), sums)
         if not known:
             self._newcomers.add(row)
         self.names[name] = row
@@ -463,7 +463,8 @@ class PartitionBuffer:
             stop = min(until, self._closed + self.grid.span)
             # An entity's end always ends a span, so that it does not depend on the batching.
             expiry = self._closed + self.grid.ttl_slots - int(self._silent[self._alive].max())
-            stop = min(stop, expiry + 1)
+            # It may be past already: the time to live was shortened between two runs.
+            stop = max(min(stop, expiry + 1), self._closed + 1)
             closing = self._close_span(self._closed, stop)
             self._closed = stop
             if len(closing.rows):

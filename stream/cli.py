@@ -221,7 +221,12 @@ def demo(
     as_json: Annotated[
         bool, typer.Option("--json", help="End with one line of JSON, for machines.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Another seed is another fleet and other faults.")] = 0,
+    learn: Annotated[
+        str, typer.Option(help="With --host: how long to learn from this machine first.")
+    ] = "5m",
+    seed: Annotated[
+        int, typer.Option(min=0, help="Another seed is another fleet and other faults.")
+    ] = 0,
     entities: Annotated[int, typer.Option(min=8, help="Size of the simulated fleet.")] = 8,
     listen: Annotated[
         str, typer.Option(help="Address of /metrics while it runs; empty = off.")
@@ -238,13 +243,25 @@ def demo(
         tsdiff demo --json | tail -n 1
 
         tsdiff demo --host
-    """
-    from stream.demo import run_demo, run_host  # noqa: PLC0415
 
-    train = context.obj.train
+        tsdiff demo --host --learn 10m
+    """
+    console = Console(stderr=as_json)
     if host:
-        run_host(train, listen=listen)
+        from stream.host import run_host  # noqa: PLC0415
+
+        learn_ms = parse_duration_ms(learn, name="--learn")
+        run_host(context.obj.train, listen=listen, learn_ms=learn_ms, console=console)
         return
-    summary = run_demo(train, seed=seed, entities=entities, listen=listen)
+    from stream.demo import process_started_at, run_demo  # noqa: PLC0415
+
+    summary = run_demo(
+        context.obj.train,
+        seed=seed,
+        entities=entities,
+        listen=listen,
+        console=console,
+        started_at=process_started_at(),
+    )
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")

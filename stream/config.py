@@ -430,11 +430,6 @@ class DeliverySection(_Section):
         "The broker ends a transaction left open for so long; readers of the scores wait no "
         "longer than this for a service that was killed",
     )
-    max_batch_readings: int = Field(
-        default=10_000,
-        ge=1,
-        description="Most readings in one transaction; a second of work at 10,000 readings/s",
-    )
 
 
 class MetricsSection(_Section):

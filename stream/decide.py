@@ -29,8 +29,12 @@ class AlertPolicy:
 
     @property
     def memory_slots(self) -> int:
-        """How many past slots the state looks back on."""
-        return max(self.n, self.recovery_slots)
+        """How many past slots the state looks back on.
+
+        Silence does not count towards recovery, and before it gets as long as `stale_after_slots`
+        it may stand between any two calm slots.
+        """
+        return max(self.n, self.recovery_slots * self.stale_after_slots)
 
 
 class AlertState(NamedTuple):
@@ -66,7 +70,7 @@ def step(
     calm = min(state.calm + 1, policy.recovery_slots) if is_calm else state.calm
     if is_hot or (anomaly_score is not None and not is_calm):
         calm = 0
-    phase = state.phase if frozen else _next_phase(policy, state, slot, hot, calm, is_hot)
+    phase = state.phase if frozen else _next_phase(policy, state, slot, hot, calm, is_hot, is_calm)
     if not frozen:
         if warming:
             phase = "warming"
@@ -78,17 +82,23 @@ def step(
 
 
 def _next_phase(
-    policy: AlertPolicy, state: AlertState, slot: int, hot: int, calm: int, is_hot: bool
+    policy: AlertPolicy,
+    state: AlertState,
+    slot: int,
+    hot: int,
+    calm: int,
+    is_hot: bool,
+    is_calm: bool,
 ) -> State:
     enough = is_hot and hot.bit_count() >= policy.m
     match state.phase:
         case "firing":
             served = slot - state.since_slot >= policy.minimum_slots
-            return "recovering" if served and calm > 0 else "firing"
+            return "recovering" if served and is_calm else "firing"
         case "recovering":
             if is_hot:
                 return "firing"
-            return "ok" if calm >= policy.recovery_slots else "recovering"
+            return "ok" if is_calm and calm >= policy.recovery_slots else "recovering"
         case _:
             if enough:
                 return "firing"

@@ -28,8 +28,10 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from stream.codec import REASONS
 from stream.records import STATES, ChannelScore, PartitionId, SlotScore, State
 
-Stage = Literal["fetch", "decode", "window", "score", "decide", "produce", "commit"]
-STAGES: tuple[Stage, ...] = ("fetch", "decode", "window", "score", "decide", "produce", "commit")
+# fetch waits for readings and decodes them; score is windows, model and alert rule; commit writes
+# everything and the offsets.
+Stage = Literal["fetch", "score", "commit"]
+STAGES: tuple[Stage, ...] = ("fetch", "score", "commit")
 
 ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
 
@@ -185,7 +187,7 @@ class ServiceMetrics:
         self._latency.observe(np.asarray(seconds, dtype=np.float64).ravel())
 
     def stage(self, stage: Stage) -> AbstractContextManager[object]:
-        """Time a stage of one batch: `with metrics.stage("decode"): ...`."""
+        """Time a stage of one batch: `with metrics.stage("score"): ...`."""
         return self._stages[stage].time()
 
     def consumer_lag(self, records: Mapping[PartitionId, int], seconds: float) -> None:

@@ -208,9 +208,9 @@ def _judge(
             entity, e = entities[i], evidence[i][t]
             score = None if math.isnan(e) else round(e / config.threshold, 6)
             before = entity.alert
-            counted = (
-                score if far is None or far[i][t] else min(score or 0.0, config.policy.trigger)
-            )
+            counted = score
+            if score is not None and far is not None and not far[i][t]:
+                counted = min(score, config.policy.trigger)
             after = step(
                 config.policy,
                 before,
@@ -269,7 +269,7 @@ def _far_enough(
     elif config.direction == "down":
         deviation = -deviation
     least = max(config.minimum_deviation, 1.0 if config.direction != "both" else 0.0)
-    far: list[list[bool]] = (deviation >= least).any(axis=2).tolist()
+    far: list[list[bool]] = np.any(deviation >= least, axis=2).tolist()
     return far
 
 

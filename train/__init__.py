@@ -1,0 +1,1 @@
+"""Training: history -> bundle."""

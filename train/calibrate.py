@@ -1,24 +1,26 @@
 """Held-out normal data -> tails, bands and the held-out metrics that go into the bundle."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.data import Dataset
 from tsdiff import calibration, scorers
 from tsdiff.calibration import Calibration
 from tsdiff.reading import Model, Reader, read_spans
 from tsdiff.scorers import Readings
-from tsdiff.types import FloatArray
-from train.data import Dataset
+from tsdiff.types import DoubleArray, FloatArray
 
 _SPAN = 512
 _Z90 = 1.645
 # Held-out cells that weigh as much as the pooled band scale in an entity's own.
 _PRIOR_CELLS = 200.0
+
+
+_read = jax.jit(read_spans, static_argnames=("reader", "missing"))
 
 
 class Fitted(NamedTuple):
@@ -34,12 +36,9 @@ class _HeldOut(NamedTuple):
     z: FloatArray
 
 
-def read_held_out(
-    model: Model, dataset: Dataset, reader: Reader
-) -> list[_HeldOut]:
+def read_held_out(model: Model, dataset: Dataset, reader: Reader) -> list[_HeldOut]:
     """Read every held-out slot of every entity, with the window before it as context."""
     config = reader.config
-    read = jax.jit(partial(read_spans, reader=reader), static_argnames=("missing",))
     result = []
     for row, (series, at) in enumerate(zip(dataset.series, dataset.split, strict=True)):
         # The slots that the first smoothed values need are read as well, but not calibrated on.
@@ -50,17 +49,15 @@ def read_held_out(
             part = series[start - config.window + 1 : start + _SPAN]
             piece[: len(part)] = part
             missing = 0 if np.isfinite(part).all() else None
-            found = read(model, piece[None], jnp.asarray([row]), missing=missing)
+            found = _read(model, piece[None], jnp.asarray([row]), reader, missing=missing)
             kept = len(part) - config.window + 1
             pieces.append([np.asarray(field[0, :kept]) for field in found])
         fields = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
-        result.append(_HeldOut(Readings(*fields), series[first:]))
+        result.append(_HeldOut(Readings(*(jnp.asarray(field) for field in fields)), series[first:]))
     return result
 
 
-def calibrate(
-    model: Model, dataset: Dataset, reader: Reader
-) -> Fitted:
+def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     """Fit the tails of every stream and of their combination, row by row and pooled."""
     config = reader.config
     held_out = read_held_out(model, dataset, reader)
@@ -108,13 +105,17 @@ def calibrate(
         ],
         np.float32,
     )
-    tables = Calibration(neutral, knots, slope, joint_knots, joint_slope)
+    tables = Calibration(
+        *(jnp.asarray(part) for part in (neutral, knots, slope, joint_knots, joint_slope))
+    )
     band_scale, coverage = _fit_bands(held_out, skip)
     evidence = np.concatenate(
         [
             np.asarray(
                 calibration.joint_evidence(
-                    jnp.asarray(sample)[None], joint_knots[[row]], joint_slope[[row]]
+                    jnp.asarray(sample)[None],
+                    tables.joint_knots[row : row + 1],
+                    tables.joint_slope[row : row + 1],
                 )
             )[0]
             for row, sample in enumerate(joint[:-1])
@@ -131,9 +132,10 @@ def calibrate(
 
 def _covered(part: _HeldOut) -> FloatArray:
     """Streams of the slots in which at least half of the usual cells were observed."""
-    coverage = part.readings.coverage.min(-1)
+    coverage = np.asarray(part.readings.coverage).min(-1)
     kept = coverage >= 0.5 * np.median(coverage)
-    return part.readings.streams[kept & (coverage > 0)] if coverage.any() else part.readings.streams
+    streams = np.asarray(part.readings.streams)
+    return streams[kept & (coverage > 0)] if coverage.any() else streams
 
 
 def _rows(own: Sequence[FloatArray], held_out: Sequence[_HeldOut]) -> FloatArray:
@@ -149,10 +151,11 @@ def _fit_bands(held_out: Sequence[_HeldOut], skip: int) -> tuple[FloatArray, flo
     that the bands cover, too.
     """
     ratios = [
-        np.abs(part.z - part.readings.expected)[skip:] / part.readings.sd[skip:]
+        np.abs(part.z - np.asarray(part.readings.expected))[skip:]
+        / np.asarray(part.readings.sd)[skip:]
         for part in held_out
     ]
-    pooled = _quantile(np.concatenate(ratios), np.full(ratios[0].shape[1], _Z90))
+    pooled = _quantile(np.concatenate(ratios), np.full(ratios[0].shape[1], _Z90, np.float64))
     rows = []
     inside = count = 0.0
     for ratio in ratios:
@@ -162,12 +165,13 @@ def _fit_bands(held_out: Sequence[_HeldOut], skip: int) -> tuple[FloatArray, flo
         rows.append(scale)
         inside += float((ratio <= scale).sum())
         count += float(seen.sum())
-    # A channel that never moves must not get a band of no width: the first rounding would be blamed.
+    # A channel that never moves must not get a band of no width: its first rounding error would
+    # take all the blame.
     scales = np.clip(np.stack([*rows, pooled]) / _Z90, 0.1, 100.0)
     return scales.astype(np.float32), inside / max(count, 1.0)
 
 
-def _quantile(ratio: FloatArray, fallback: FloatArray) -> FloatArray:
+def _quantile(ratio: FloatArray, fallback: DoubleArray) -> DoubleArray:
     """90th percentile per channel of the finite entries, `fallback` where there is none."""
     result = fallback.astype(np.float64).copy()
     for channel in range(ratio.shape[1]):

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from train.config import TrainConfig
 from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
 from tsdiff.normalize import Statistics, fit_statistics
 from tsdiff.types import DoubleArray, FloatArray
 from tsdiff.windows import sliding, to_grid
-from train.config import TrainConfig
 
 # Windows the anchor's covariance is made of; more would cost time and change nothing.
 _MOST_WINDOWS = 40_000
@@ -28,20 +28,33 @@ class EntitySeries(Protocol):
     """One entity's history, as `tsdiff.history.EntityHistory`."""
 
     @property
-    def entity(self) -> str: ...
+    def entity(self) -> str:
+        """Its name."""
+        ...
+
     @property
-    def timestamps_ms(self) -> NDArray[np.int64]: ...
+    def timestamps_ms(self) -> NDArray[np.int64]:
+        """Event times (N,), ascending."""
+        ...
+
     @property
-    def values(self) -> FloatArray: ...
+    def values(self) -> FloatArray:
+        """Raw readings (N, D), NaN missing."""
+        ...
 
 
 class HistoryLike(Protocol):
     """Channels and entities, as `tsdiff.history.History`."""
 
     @property
-    def channels(self) -> tuple[str, ...]: ...
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels."""
+        ...
+
     @property
-    def entities(self) -> Sequence[EntitySeries]: ...
+    def entities(self) -> Sequence[EntitySeries]:
+        """One series an entity."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
 
     Raises:
         HistoryError: no entity, or one with too few slots or without any reading.
+
     """
     if not history.entities:
         raise HistoryError("expected history of at least one entity, got none")
@@ -82,9 +96,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
     grids: list[FloatArray] = []
     digest = hashlib.sha256(repr((tuple(history.channels), period_ms)).encode())
     for entity in history.entities:
-        slots, grid = to_grid(
-            entity.timestamps_ms, entity.values, period_ms, config.model.window
-        )
+        slots, grid = to_grid(entity.timestamps_ms, entity.values, period_ms, config.model.window)
         grid = np.where(np.isfinite(grid), grid, np.nan).astype(np.float32)
         if len(grid) < needed:
             raise HistoryError(

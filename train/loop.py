@@ -10,17 +10,17 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from train.calibrate import calibrate
+from train.config import TrainConfig
+from train.data import Dataset, HistoryLike, load, window_moments
+from train.state import Checkpoints, TrainState
+from train.step import WEIGHTS, Training, held_out_losses, train_step, windows_of
 from tsdiff.anchor import Anchor, fit_anchor
 from tsdiff.bundle import Bundle, Manifest, make_bundle
 from tsdiff.config import ModelConfig
 from tsdiff.denoiser import Network, Params
 from tsdiff.reading import Reader, anchor_model
-from tsdiff.types import DoubleArray, FloatArray
-from train.calibrate import calibrate
-from train.config import TrainConfig
-from train.data import Dataset, HistoryLike, load, window_moments
-from train.state import Checkpoints, TrainState
-from train.step import WEIGHTS, Training, windows_of
+from tsdiff.types import FloatArray
 
 # The network must be better than the anchor by this much (nats a cell) to be worth its cost.
 _WORTHWHILE = 0.002
@@ -61,6 +61,7 @@ def train(
     Raises:
         HistoryError: the history is too short or empty.
         ConfigError: `resume` with checkpoints of another run.
+
     """
     dataset = load(history, period_ms, config)
     model_config = replace(config.model, smoothing=dataset.smoothing)
@@ -116,17 +117,16 @@ def _train_network(
     anchor = Anchor(*(jnp.asarray(part) for part in anchor_parts))
     fitting = windows_of(dataset, run.model.window, held_out=False)
     held_out = windows_of(dataset, run.model.window, held_out=True)
-    step, evaluate = run.step_fn(), run.evaluate_fn()
     state = run.start()
     if store is not None:
         state = store.restore(state) or state
     deadline = None if config.max_minutes is None else clock() + 60.0 * config.max_minutes
     losses: tuple[float, ...] | None = None
     while int(state.step) < config.steps and int(state.bad) < config.patience:
-        state, value = step(state, fitting, anchor)
+        state, value = train_step(run, state, fitting, anchor)
         number = int(state.step)
         if number % config.evaluate_every == 0 or number == config.steps:
-            losses = tuple(float(x) for x in evaluate(state.ema, held_out, anchor))
+            losses = tuple(float(x) for x in held_out_losses(run, state.ema, held_out, anchor))
             state = _keep_best(state, min(losses))
             if store is not None:
                 store.save(state)
@@ -136,10 +136,10 @@ def _train_network(
             report(Progress(number, config.steps, float(value), best, base))
         if deadline is not None and clock() > deadline:
             state = _keep_best(
-                state, min(float(x) for x in evaluate(state.ema, held_out, anchor))
+                state, min(float(x) for x in held_out_losses(run, state.ema, held_out, anchor))
             )
             break
-    losses = tuple(float(x) for x in evaluate(state.best, held_out, anchor))
+    losses = tuple(float(x) for x in held_out_losses(run, state.best, held_out, anchor))
     best = int(np.argmin(losses))
     weight = WEIGHTS[best] if losses[best] < losses[0] - _WORTHWHILE else 0.0
     if config.network_weight is not None:
@@ -168,9 +168,7 @@ def _assemble(
     kept = trained if trained is not None and trained.weight > 0 else None
     params = None if kept is None else kept.params
     reader = (
-        Reader(model_config)
-        if kept is None
-        else Reader(model_config, kept.network, kept.weight)
+        Reader(model_config) if kept is None else Reader(model_config, kept.network, kept.weight)
     )
     model = anchor_model(mean, loadings, noise, model_config, params)
     fitted = calibrate(model, dataset, reader)

@@ -28,6 +28,24 @@ class TrainState(NamedTuple):
     bad: Array
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a folder of checkpoints; a folder that holds anything else is left alone.
+
+    Raises:
+        ConfigError: it does hold something else.
+
+    """
+    if not folder.exists():
+        return
+    foreign = [entry.name for entry in folder.iterdir() if not entry.name.split(".")[0].isdigit()]
+    if not folder.is_dir() or foreign:
+        raise ConfigError(
+            f"expected {folder} to hold training checkpoints only, found {foreign[0]!r}; "
+            "give another --checkpoint-dir"
+        )
+    shutil.rmtree(folder)
+
+
 def _orbax() -> Any:  # noqa: ANN401  (orbax ships no types)
     try:
         return import_module("orbax.checkpoint")
@@ -62,8 +80,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove all checkpoints."""
         self.close()
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
+        remove_checkpoints(self._folder)
 
     def close(self) -> None:
         """Release the folder."""
@@ -85,6 +102,7 @@ class Checkpoints:
 
         Raises:
             ConfigError: it belongs to other data, settings or seed.
+
         """
         if not self._folder.exists():
             return None

@@ -1,7 +1,6 @@
 # ruff: noqa: F722
 """One step of training, pure: the batch is a function of (seed, step) and nothing else."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -9,17 +8,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import optax  # type: ignore[import-untyped]
 from jax import Array
 from jaxtyping import Float, Int
 
+from train.config import TrainConfig
+from train.data import Dataset
+from train.state import TrainState
 from tsdiff.anchor import Anchor
 from tsdiff.config import ModelConfig
 from tsdiff.denoiser import Network, Params
 from tsdiff.loss import loss, negative_log_likelihood, pose, pose_forecast
-from train.config import TrainConfig
-from train.data import Dataset
-from train.state import TrainState
 
 _HELD_OUT_WINDOWS = 1024
 _EVALUATED_AT_ONCE = 128
@@ -56,7 +55,7 @@ def windows_of(dataset: Dataset, length: int, *, held_out: bool) -> Windows:
     )
 
 
-def _cut(windows: Windows, chosen: Int[Array, "B"], length: int) -> Float[Array, "B L D"]:
+def _cut(windows: Windows, chosen: Int[Array, " B"], length: int) -> Float[Array, "B L D"]:
     return windows.series[windows.first[chosen][:, None] + jnp.arange(length)]
 
 
@@ -86,24 +85,19 @@ class Training:
             ema=params,
             optimizer=self.optimizer.init(params),
             best=params,
-            best_loss=jnp.full((), jnp.inf),
+            best_loss=jnp.full((), jnp.inf, jnp.float32),
             bad=jnp.zeros((), jnp.int32),
         )
 
-    def step_fn(self) -> Callable[[TrainState, Windows, Anchor], tuple[TrainState, Array]]:
-        """Compile the step."""
-        return jax.jit(partial(_train_step, self))
 
-    def evaluate_fn(self) -> Callable[[Params, Windows, Anchor], Array]:
-        """Compile the held-out loss of the forecast for every weight of the network, (G,)."""
-        return jax.jit(partial(_held_out_losses, self))
-
-
-def _train_step(
+@partial(jax.jit, static_argnums=0)
+def train_step(
     training: Training, state: TrainState, windows: Windows, anchor: Anchor
 ) -> tuple[TrainState, Array]:
+    """One step: the next state and this batch's loss. Compiled once for each `training`."""
     config, model = training.config, training.model
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    # XLA's own generator: threefry would take longer to compile than all the rest of the step.
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
     key_window, key_problem = jax.random.split(key)
     chosen = jax.random.randint(key_window, (config.batch,), 0, windows.first.shape[0])
     problem = pose(
@@ -120,14 +114,11 @@ def _train_step(
     # Young averages forget faster, or the start would weigh on them for hundreds of steps.
     decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
     ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
-    return state._replace(
-        step=state.step + 1, params=params, ema=ema, optimizer=optimizer
-    ), value
+    return state._replace(step=state.step + 1, params=params, ema=ema, optimizer=optimizer), value
 
 
-def _held_out_losses(
-    training: Training, params: Params, windows: Windows, anchor: Anchor
-) -> Array:
+@partial(jax.jit, static_argnums=0)
+def held_out_losses(training: Training, params: Params, windows: Windows, anchor: Anchor) -> Array:
     """Mean negative log-likelihood per cell of the forecast, (G,), one for each weight."""
     model = training.model
     total = windows.first.shape[0]
@@ -149,10 +140,8 @@ def _held_out_losses(
             last=model.hidden,
         )
         return jnp.stack(
-            [
-                negative_log_likelihood(problem, residual, log_variance, weight)
-                for weight in WEIGHTS
-            ]
+            [negative_log_likelihood(problem, residual, log_variance, weight) for weight in WEIGHTS]
         )
 
-    return jax.lax.map(one, index).mean(0)
+    losses: Array = jax.lax.map(one, index)
+    return losses.mean(0)

@@ -26,9 +26,9 @@ _JITTER = 1e-6
 class Anchor(NamedTuple):
     """Parameters: mean (N,), loadings (N, K), noise variance (N,)."""
 
-    mean: Float[Array, "N"]
+    mean: Float[Array, " N"]
     loadings: Float[Array, "N K"]
-    noise: Float[Array, "N"]
+    noise: Float[Array, " N"]
 
 
 def fit_anchor(
@@ -106,15 +106,13 @@ class Whitened(NamedTuple):
     gives the same numbers by every way of solving.
     """
 
-    mean: Float[Array, "N"]
-    scale: Float[Array, "N"]
+    mean: Float[Array, " N"]
+    scale: Float[Array, " N"]
     loadings: Float[Array, "N K"]
     outer: Float[Array, "N H"]
 
 
-def whiten(
-    mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float
-) -> Whitened:
+def whiten(mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float) -> Whitened:
     """Precompute (in float64) what serving needs of the anchor at noise level `sigma`."""
     return whiten_with_basis(mean, loadings, noise, sigma)[0]
 
@@ -212,7 +210,7 @@ def latent_variance(solved: Solved, rows: Float[Array, "C K"]) -> Float[Array, "
     return own if pair is None else own + (pair[0] * pair[1]).sum(-1)
 
 
-def mahalanobis(solved: Solved) -> Float[Array, "B"]:
+def mahalanobis(solved: Solved) -> Float[Array, " B"]:
     """(x - mean)' Cov^-1 (x - mean) over the observed cells."""
     quadratic = (solved.residual**2).sum(-1) - (solved.projection * solved.latent).sum(-1)
     return jnp.maximum(quadratic, 0.0)
@@ -220,7 +218,7 @@ def mahalanobis(solved: Solved) -> Float[Array, "B"]:
 
 def negative_log_likelihood(
     anchor: Anchor, x: Float[Array, "B N"], noise_variance: Float[Array, "B N"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """-log p(x_sigma) in nats over the cells whose `noise_variance` (sigma^2) is finite."""
     mean, loadings, noise = anchor
     known = jnp.isfinite(noise_variance)
@@ -280,9 +278,7 @@ def masked_reading(
     mean = without[..., -1] + (link * solution[..., 0]).sum(-1)
     variance = 1.0 + gram[..., -1, -1] + (link * solution[..., 1]).sum(-1)
     scale, centre = whitened.scale[-channels:], whitened.mean[-channels:]
-    return Masked(
-        centre + scale * mean, scale * jnp.sqrt(jnp.broadcast_to(variance, mean.shape))
-    )
+    return Masked(centre + scale * mean, scale * jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
 
 
 def _solve_small(

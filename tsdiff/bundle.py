@@ -117,6 +117,7 @@ def save_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> str:
 
     Raises:
         BundleError: `path` is something other than a bundle or an empty folder, or not writable.
+
     """
     target = Path(path)
     if target.exists() and not _replaceable(target):
@@ -176,6 +177,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
 
     Raises:
         BundleError: not a bundle, of a newer format, or a file is missing or damaged.
+
     """
     folder = Path(path)
     retrain = "make it with `tsdiff train DATA -o BUNDLE`"

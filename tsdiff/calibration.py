@@ -127,7 +127,7 @@ def combine(evidence: Float[Array, "E T C"], network_weight: float) -> Float[Arr
 
 
 def joint_evidence(
-    combined: Float[Array, "E T"], knots: Float[Array, "E Q"], slope: Float[Array, "E"]
+    combined: Float[Array, "E T"], knots: Float[Array, "E Q"], slope: Float[Array, " E"]
 ) -> Float[Array, "E T"]:
     """-log10 of the combination's own tail probability."""
     shape = (*combined.shape, knots.shape[-1])

@@ -70,8 +70,8 @@ class _Mixer(nnx.Module):
         values: Float[Array, "B L D"],
         conditioned: Bool[Array, "B L D"],
         noisy: Float[Array, "B L D"] | None,
-        sigma: Float[Array, "B"],
-        rows: Int[Array, "B"],
+        sigma: Float[Array, " B"],
+        rows: Int[Array, " B"],
         last: int,
     ) -> tuple[Float[Array, "B last D"], Float[Array, "B last D"]]:
         batch, _, channels = values.shape
@@ -113,9 +113,7 @@ class Network:
                 )
 
     def _module(self, seed: int) -> _Mixer:
-        return _Mixer(
-            self.channels, self.entities + 1, self.model, self.config, nnx.Rngs(seed)
-        )
+        return _Mixer(self.channels, self.entities + 1, self.model, self.config, nnx.Rngs(seed))
 
     def initialize(self, seed: int) -> dict[str, Array]:
         """Return parameters; the same seed gives the same."""
@@ -130,8 +128,8 @@ class Network:
         m: Float[Array, "B A D"],
         conditioned: Bool[Array, "B L D"],
         noisy: Float[Array, "B L D"] | None,
-        sigma: Float[Array, "B"],
-        rows: Int[Array, "B"],
+        sigma: Float[Array, " B"],
+        rows: Int[Array, " B"],
         *,
         last: int,
     ) -> tuple[Float[Array, "B last D"], Float[Array, "B last D"]]:
@@ -151,7 +149,7 @@ class Network:
         state = jax.tree_util.tree_unflatten(tree, [params[_name(path)] for path, _ in leaves])
         mixer = nnx.merge(graph, state)
         known = jnp.where(rows < 0, self.entities, rows)
-        return mixer(values, conditioned, noisy, sigma, known, last)  # type: ignore[no-any-return]
+        return mixer(values, conditioned, noisy, sigma, known, last)
 
 
 def _name(path: tuple[object, ...]) -> str:

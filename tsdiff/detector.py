@@ -2,11 +2,14 @@
 """A bundle put to work: raw values in, calibrated evidence, expected values and bands out.
 
 The compiled function is pure and stateless: everything a result depends on is in its arguments.
-It is compiled once for each of a few padded shapes (`batch_sizes` x `span_sizes`, with no, few and
-any number of missing cells); whatever comes in is cut and padded to these, so the steady state never compiles.
+It is compiled once for each of a few padded shapes (`batch_sizes` x `span_sizes`, each for no, few
+and any number of missing cells); whatever comes in is cut and padded to these, so the steady state
+never compiles.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -58,9 +61,19 @@ class Tables(NamedTuple):
     band_scale: Array
 
 
-def _contributions(
-    deviation: Float[Array, "E T D"], observed: Array
-) -> Float[Array, "E T D"]:
+class Traced(NamedTuple):
+    """As `Detection`, of JAX arrays."""
+
+    evidence: Float[Array, "E T"]
+    streams: Float[Array, "E T S"]
+    expected: Float[Array, "E T D"]
+    lower: Float[Array, "E T D"]
+    upper: Float[Array, "E T D"]
+    contribution: Float[Array, "E T D"]
+    imputed_ratio: Float[Array, "E T"]
+
+
+def _contributions(deviation: Float[Array, "E T D"], observed: Array) -> Float[Array, "E T D"]:
     """Squared deviations as shares of their sum; shares are equal where nothing deviates."""
     squared = jnp.where(observed, jnp.minimum(deviation**2, 1e12), 0.0)
     total = squared.sum(-1, keepdims=True)
@@ -74,12 +87,12 @@ def detect_spans(
     values: Float[Array, "E M D"],
     mean: Float[Array, "E D"],
     scale: Float[Array, "E D"],
-    rows: Int[Array, "E"],
+    rows: Int[Array, " E"],
     history: Float[Array, "E H S"],
     *,
     reader: Reader,
     missing: int | None,
-) -> Detection:
+) -> Traced:
     """Score the last T = M - W + 1 slots of every entity: the function that is compiled."""
     fitted, config = tables.calibration, reader.config
     centre, unit = mean[:, None, :], scale[:, None, :]
@@ -93,14 +106,12 @@ def detect_spans(
         jnp.concatenate([streams, long], -1), fitted.knots[rows], fitted.slope[rows]
     )
     combined = calibration.combine(evidence, reader.network_weight)
-    joint = calibration.joint_evidence(
-        combined, fitted.joint_knots[rows], fitted.joint_slope[rows]
-    )
+    joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
     z = z[:, config.window - 1 :]
     observed = jnp.isfinite(z)
     half_width = read.sd * tables.band_scale[rows][:, None, :]
     raw = partial(denormalize, mean=centre, scale=unit, clip=config.clip)
-    return Detection(
+    return Traced(
         evidence=joint,
         streams=streams,
         expected=raw(read.expected),
@@ -138,6 +149,7 @@ class Detector:
         history: earlier slots whose stream values the long time scale needs (P - 1).
         streams: raw stream values per slot that are kept as history (S).
         compilations: how often the function has been traced.
+
     """
 
     def __init__(
@@ -176,7 +188,8 @@ class Detector:
                 f"bundle {bundle.manifest.name} lacks the array {error}; train it again"
             ) from error
         self.streams = int(self._tables.calibration.neutral.shape[1])
-        self._compiled = jax.jit(self._trace, static_argnames=("missing",))
+        self._jitted = jax.jit(self._trace, static_argnames=("missing",))
+        self._executables: dict[tuple[int, int, int | None], Callable[..., Traced]] = {}
 
     def _trace(
         self,
@@ -188,7 +201,7 @@ class Detector:
         rows: Array,
         history: Array,
         missing: int | None,
-    ) -> Detection:
+    ) -> Traced:
         self.compilations += 1  # runs when JAX traces, that is, once per shape
         return detect_spans(
             model,
@@ -220,20 +233,35 @@ class Detector:
 
     def warm_up(self) -> None:
         """Compile every shape, so that no later call has to."""
-        channels = len(self.channels)
-        mean, scale = self.statistics(-1)
-        for batch in self._batch_sizes:
-            for span in self._span_sizes:
-                for missing in _MISSING:
-                    shape = (batch, self.window - 1 + span, channels)
-                    self._call(
-                        np.zeros(shape, np.float32),
-                        np.tile(mean, (batch, 1)),
-                        np.tile(scale, (batch, 1)),
-                        np.full(batch, -1, np.int32),
-                        np.full((batch, self.history, self.streams), np.nan, np.float32),
-                        missing=missing,
-                    )
+        keys = [
+            (batch, span, missing)
+            for batch in self._batch_sizes
+            for span in self._span_sizes
+            for missing in _MISSING
+        ]
+        # XLA compiles one module on one core and lets go of the interpreter meanwhile.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(self._executable, keys):
+                pass
+
+    def _executable(self, key: tuple[int, int, int | None]) -> Callable[..., Traced]:
+        """The compiled function for (batch, span, most missing cells)."""
+        found = self._executables.get(key)
+        if found is None:
+            batch, span, missing = key
+            channels = len(self.channels)
+            found = self._jitted.lower(
+                self._model,
+                self._tables,
+                _shape(batch, self.window - 1 + span, channels),
+                _shape(batch, channels),
+                _shape(batch, channels),
+                _shape(batch, dtype=np.int32),
+                _shape(batch, self.history, self.streams),
+                missing=missing,
+            ).compile()
+            self._executables[key] = found
+        return found
 
     def _call(
         self,
@@ -245,9 +273,8 @@ class Detector:
         *,
         missing: int | None,
     ) -> Detection:
-        found = self._compiled(
-            self._model, self._tables, values, mean, scale, rows, history, missing=missing
-        )
+        call = self._executable((len(values), values.shape[1] - self.window + 1, missing))
+        found = call(self._model, self._tables, values, mean, scale, rows, history)
         return Detection(*(np.asarray(part) for part in found))
 
     def detect(
@@ -268,9 +295,11 @@ class Detector:
 
         Raises:
             ValueError: an argument has a shape other than these.
+
         """
         values = np.asarray(values, np.float32)
-        lengths = np.asarray(lengths, np.int32)
+        lengths, rows = np.asarray(lengths, np.int32), np.asarray(rows, np.int32)
+        mean, scale = np.asarray(mean, np.float32), np.asarray(scale, np.float32)
         self._check(values, lengths, mean, scale, rows, history)
         entities, span = len(values), values.shape[1] - self.window + 1
         result = self._empty(entities, span)
@@ -307,7 +336,9 @@ class Detector:
         cells = np.count_nonzero(~np.isfinite(values[:, self.window - length :]), axis=2)
         windows = np.lib.stride_tricks.sliding_window_view(cells, length, axis=1).sum(2)
         # Padding after an entity's own length does not make its windows incomplete.
-        return np.where(np.arange(windows.shape[1]) < lengths[:, None], windows, 0).max(1)
+        own = np.arange(windows.shape[1]) < lengths[:, None]
+        most: NDArray[np.int64] = np.where(own, windows, 0).max(1)
+        return most
 
     def _empty(self, entities: int, span: int) -> Detection:
         channels = len(self.channels)
@@ -341,6 +372,10 @@ class Detector:
         for name, (array, shape) in wanted.items():
             if array.shape != shape:
                 raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
+
+
+def _shape(*shape: int, dtype: type = np.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 def _float(bundle: Bundle, name: str) -> FloatArray:

@@ -27,8 +27,7 @@ def _invert_pivot(a: Float[Array, "q q B"]) -> Float[Array, "q q B"]:
                 continue
             factor = left[i][p]
             left[i] = [
-                -factor * inverse if j == p else left[i][j] - factor * row[j]
-                for j in range(size)
+                -factor * inverse if j == p else left[i][j] - factor * row[j] for j in range(size)
             ]
         left[p] = row
     return jnp.stack([jnp.stack(row) for row in left])
@@ -53,8 +52,9 @@ def invert(a: Float[Array, "K K B"]) -> Float[Array, "K K B"]:
         rows = jax.lax.dynamic_slice(swept, (start, 0, 0), (_PIVOT, total, batch))
         pivot = jax.lax.dynamic_slice(rows, (0, start, 0), (_PIVOT, _PIVOT, batch))
         inverse = _invert_pivot(pivot)
-        scaled = sum(inverse[:, q, None] * rows[None, q] for q in range(_PIVOT))
-        assert isinstance(scaled, Array)
+        scaled = jnp.zeros_like(rows)
+        for q in range(_PIVOT):
+            scaled = scaled + inverse[:, q, None] * rows[None, q]
         result = swept
         for q in range(_PIVOT):
             result = result - rows[q, :, None] * scaled[q, None, :]
@@ -62,5 +62,5 @@ def invert(a: Float[Array, "K K B"]) -> Float[Array, "K K B"]:
         result = jax.lax.dynamic_update_slice(result, scaled.transpose(1, 0, 2), (0, start, 0))
         return jax.lax.dynamic_update_slice(result, -inverse, (start, start, 0))
 
-    swept = jax.lax.fori_loop(0, total // _PIVOT, sweep, a)
+    swept: Array = jax.lax.fori_loop(0, total // _PIVOT, sweep, a)
     return -swept[:size, :size]

@@ -19,7 +19,14 @@ from tsdiff.denoiser import Network, Params
 
 # How often each mask is drawn. Forecasting is what is read in serving, half of the time with some
 # channels shown, so that the network learns how channels go together as well.
-_SHARES = {"none": 0.08, "last": 0.36, "last_some": 0.3, "grating": 0.1, "group": 0.1, "random": 0.06}
+_SHARES = {
+    "none": 0.08,
+    "last": 0.36,
+    "last_some": 0.3,
+    "grating": 0.1,
+    "group": 0.1,
+    "random": 0.06,
+}
 _NEVER_SEEN = 0.15  # how often a window's entity is hidden, so that new entities have a row
 
 
@@ -74,7 +81,7 @@ def pose(
     key: PRNGKeyArray,
     anchor: Anchor,
     window: Float[Array, "B L D"],
-    rows: Int[Array, "B"],
+    rows: Int[Array, " B"],
     model: ModelConfig,
     diffusion: DiffusionConfig,
 ) -> Problem:
@@ -96,7 +103,7 @@ def pose(
 
 
 def pose_forecast(
-    anchor: Anchor, window: Float[Array, "B L D"], rows: Int[Array, "B"], model: ModelConfig
+    anchor: Anchor, window: Float[Array, "B L D"], rows: Int[Array, " B"], model: ModelConfig
 ) -> Problem:
     """The problem that serving poses: the last slots hidden, sigma to infinity."""
     batch, _, channels = window.shape
@@ -112,9 +119,9 @@ def _pose(
     anchor: Anchor,
     window: Float[Array, "B L D"],
     hidden: Bool[Array, "B A D"],
-    sigma: Float[Array, "B"],
+    sigma: Float[Array, " B"],
     noise: Float[Array, "B A D"],
-    rows: Int[Array, "B"],
+    rows: Int[Array, " B"],
 ) -> Problem:
     batch, length, channels = window.shape
     inside = hidden.shape[1]
@@ -143,8 +150,10 @@ def _pose(
 def negative_log_likelihood(
     problem: Problem, residual: Array, log_variance: Array, weight: float | Array = 1.0
 ) -> Float[Array, ""]:
-    """Mean over target cells of -log N(x; D, sd^2), less the constant and log s: 0.5 E[y^2]
-    for the anchor. `residual`, `log_variance` cover the last slots only, or all of the anchor's.
+    """Mean over target cells of -log N(x; D, sd^2), less the constant and log s.
+
+    0.5 E[y^2] for the anchor. `residual`, `log_variance` cover the last slots, or all of the
+    anchor's.
     """
     last = residual.shape[1]
     target = problem.target[:, -last:]

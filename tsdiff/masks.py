@@ -29,8 +29,9 @@ def last(length: int, channels: int, hidden: int) -> Bool[Array, "L D"]:
 
 
 def grating(length: int, channels: int, stripe: int, phase: int) -> Bool[Array, "L D"]:
-    """Hide stripes of `stripe` slots; phases 0 and 1 complement one another. The last is hidden
-    in phase 0 (so that phase 0 reads the newest slot).
+    """Hide stripes of `stripe` slots; phases 0 and 1 complement one another.
+
+    The newest stripe is hidden in phase 0.
     """
     from_end = length - 1 - jnp.arange(length)
     return jnp.broadcast_to(((from_end // stripe) % 2 == phase)[:, None], (length, channels))

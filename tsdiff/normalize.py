@@ -29,7 +29,9 @@ def soft_unclip(z: Array, clip: float) -> Array:
 
 
 def normalize(
-    values: Float[Array, "*n D"], mean: Float[Array, "*#n D"], scale: Float[Array, "*#n D"],
+    values: Float[Array, "*n D"],
+    mean: Float[Array, "*#n D"],
+    scale: Float[Array, "*#n D"],
     clip: float,
 ) -> Float[Array, "*n D"]:
     """Raw units -> normalised units (NaN stays NaN)."""

@@ -23,7 +23,7 @@ MAX_SIGMA = 80.0
 MAX_LOG_VARIANCE = 4.0
 
 
-def c_noise(sigma: Float[Array, "B"]) -> Float[Array, "B"]:
+def c_noise(sigma: Float[Array, " B"]) -> Float[Array, " B"]:
     """The noise level as the network sees it; infinity counts as `MAX_SIGMA`."""
     return jnp.log(jnp.clip(sigma, 1e-4, MAX_SIGMA)) / 4.0
 

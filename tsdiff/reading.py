@@ -57,8 +57,8 @@ class Forecaster(NamedTuple):
     params: Mapping[str, Array]
     head: Whitened
     ahead: Float[Array, "C K"]
-    mean: Float[Array, "C"]
-    noise: Float[Array, "C"]
+    mean: Float[Array, " C"]
+    noise: Float[Array, " C"]
 
 
 class Model(NamedTuple):
@@ -111,6 +111,7 @@ def build_model(bundle: Bundle) -> tuple[Model, Reader]:
 
     Raises:
         KeyError: an array is missing.
+
     """
     manifest = bundle.manifest
     parts = [
@@ -133,7 +134,7 @@ def build_model(bundle: Bundle) -> tuple[Model, Reader]:
 def read_spans(
     model: Model,
     z: Float[Array, "E M D"],
-    rows: Int[Array, "E"],
+    rows: Int[Array, " E"],
     reader: Reader,
     *,
     missing: int | None,
@@ -158,7 +159,9 @@ def read_spans(
         found = read_anchor(model.noisy, model.clean, inside, seen, config, missing=missing)
         if reader.network is None or model.forecaster is None:
             return found
-        expected, sd = _forecast(model.forecaster, x, observed, rows[of], reader, missing)
+        expected, sd = _forecast(
+            model.forecaster, reader.network, x, observed, rows[of], reader, missing
+        )
         return with_forecast(found, x[:, -1], observed[:, -1], expected, sd)
 
     total = entities * span
@@ -174,14 +177,14 @@ def read_spans(
 
 def _forecast(
     forecaster: Forecaster,
+    network: NetworkFn,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
-    rows: Int[Array, "B"],
+    rows: Int[Array, " B"],
     reader: Reader,
     missing: int | None,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
     """Mean and sd of the last slot with the last slots hidden, sigma to infinity, in one step."""
-    assert reader.network is not None
     config = reader.config
     batch, _, channels = x.shape
     inside = slice(-config.anchor_window, -config.hidden)
@@ -197,7 +200,14 @@ def _forecast(
     m = jnp.concatenate([jnp.where(observed[:, inside], x[:, inside], 0.0), hidden], 1)
     visible = jnp.arange(config.window) < config.window - config.hidden
     conditioned = observed & visible[:, None]
-    residual, log_variance = reader.network(
-        forecaster.params, x, m, conditioned, None, jnp.full(batch, jnp.inf), rows, last=config.hidden
+    residual, log_variance = network(
+        forecaster.params,
+        x,
+        m,
+        conditioned,
+        None,
+        jnp.full(batch, jnp.inf),
+        rows,
+        last=config.hidden,
     )
     return denoised(hidden[:, -1], s, residual[:, -1], log_variance[:, -1], reader.network_weight)

@@ -68,7 +68,7 @@ def _reconstruction(
     channels: int,
     sigma: float,
     observed: Bool[Array, "B N"],
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Mean over the last slot's observed channels of |x - D(x; sigma)| / s, nothing masked.
 
     D is the anchor's posterior mean with noise level sigma and the noise itself at its mean, 0.

@@ -31,8 +31,6 @@ class DenoiseFn(Protocol):
 class ScoreFn(Protocol):
     """The gradient of log p(x; sigma) with respect to x."""
 
-    def __call__(
-        self, x: Float[Array, "B N"], sigma: Float[Array, "B"]
-    ) -> Float[Array, "B N"]:
+    def __call__(self, x: Float[Array, "B N"], sigma: Float[Array, " B"]) -> Float[Array, "B N"]:
         """Return the score at `x`."""
         ...

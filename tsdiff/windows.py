@@ -53,7 +53,7 @@ def sliding(values: FloatArray, length: int, stride: int = 1) -> FloatArray:
 
 
 def gather(
-    series: Float[Array, "E M D"], entity: Int[Array, "B"], first: Int[Array, "B"], length: int
+    series: Float[Array, "E M D"], entity: Int[Array, " B"], first: Int[Array, " B"], length: int
 ) -> Float[Array, "B L D"]:
     """Windows of `length` slots beginning at slot `first` of `entity`."""
     slot = first[:, None] + jnp.arange(length)

@@ -98,7 +98,7 @@ def grid(**changes: int) -> Grid:
         "newcomer_slots": 5,
         "stale_after_slots": 2,
         "ttl_slots": 30,
-        "decision_slots": 3,
+        "decision_slots": POLICY.memory_slots,
         "snapshot_slots": 7,
         "span": 4,
     }

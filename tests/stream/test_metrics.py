@@ -166,7 +166,7 @@ def test_values_of_the_service(filled: CollectorRegistry) -> None:
     assert value("tsdiff_consumer_lag_seconds") == 1.5
     assert value("tsdiff_entities", {"state": "firing"}) == 1
     assert value("tsdiff_entities", {"state": "stale"}) == 0
-    assert value("tsdiff_batch_duration_seconds_count", {"stage": "decide"}) == 1
+    assert value("tsdiff_batch_duration_seconds_count", {"stage": "score"}) == 1
     info = {"model": "m@0123456789ab", "channels": "3", "period_seconds": "60", "window": "64"}
     assert value("tsdiff_model_info", info) == 1
 

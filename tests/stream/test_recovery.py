@@ -51,9 +51,7 @@ def work(log: list[Reading], cuts: list[int], committed: Committed, shape: Grid)
     for cut in cuts:
         if cut <= at:
             continue
-        verdicts = score_rounds(
-            [(buffer, buffer.advance(batch(log[at:cut], at)))], scorer, SCORING
-        )
+        verdicts = score_rounds([(buffer, buffer.advance(batch(log[at:cut], at)))], scorer, SCORING)
         at = cut
         if not buffer.priming:
             commit(buffer, at, verdicts, committed)

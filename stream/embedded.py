@@ -1,0 +1,159 @@
+"""A Kafka broker inside this process, and the service beside it: for the demo and for tests.
+
+The broker is the mock cluster of librdkafka, which confluent-kafka brings along. It keeps records
+in memory and speaks enough of the protocol for kafka-python, as long as that is told a version:
+
+- topics appear when they are asked for, with four partitions each; they cannot be created by an
+  admin, grown, configured or compacted;
+- consumer groups, cooperative assignment and committed offsets with metadata work; the first
+  member of a group waits three seconds for others;
+- transactions hide what was aborted, but the offsets sent with them are not kept and their markers
+  carry no checksum, so exactly-once is not to be had: services here use at-least-once.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+from prometheus_client import CollectorRegistry
+
+from stream.compose import Model, Stop, run_service
+from stream.config import ServiceConfig
+from stream.errors import StreamError
+from tsdiff.errors import TsdiffError
+
+# kafka-python would ask the broker for its version by requests that the mock does not know.
+CLIENT_OPTIONS: Final[Mapping[str, Any]] = {"api_version": (2, 0)}
+DELIVERY_MODE: Final = "at-least-once"
+_START_SECONDS: Final = 10.0
+# Longer than any round of the loop, shorter than anybody's patience.
+_STOP_SECONDS: Final = 20.0
+
+
+def missing_extra(package: str) -> TsdiffError:
+    """Say what to install."""
+    return TsdiffError(
+        f"`tsdiff demo` needs the package {package}, which is not installed; "
+        "install it with: pip install 'tsdiff[demo]'"
+    )
+
+
+class EmbeddedBroker:
+    """One broker on a free local port, gone when it is closed.
+
+    Raises:
+        TsdiffError: confluent-kafka is not installed, or its mock cluster does not answer.
+
+    """
+
+    def __init__(self) -> None:
+        try:
+            from confluent_kafka import KafkaException, Producer  # noqa: PLC0415 - optional
+        except ModuleNotFoundError:
+            raise missing_extra("confluent-kafka") from None
+        # Its own log would be written across the demo's table, and says nothing of use.
+        settings = {"test.mock.num.brokers": 1, "bootstrap.servers": "mock", "log_level": 0}
+        # The cluster lives as long as the client that it was made with.
+        self._cluster: Any = Producer(settings)
+        try:
+            brokers = list(self._cluster.list_topics(timeout=_START_SECONDS).brokers.values())
+        except KafkaException as error:
+            raise StreamError(f"the embedded broker does not answer: {error}") from error
+        self.address = f"{brokers[0].host}:{brokers[0].port}"
+        # kafka-python tells at length of the one connection that the mock closes (see above).
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
+
+    def client_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for any kafka-python client."""
+        return {"bootstrap_servers": [self.address], **CLIENT_OPTIONS}
+
+    def create_topics(self, config: ServiceConfig) -> None:
+        """Make the topics of a service appear.
+
+        Raises:
+            StreamError: one did not.
+
+        """
+        names = config.outputs
+        try:
+            with KafkaProducer(**self.client_kwargs()) as producer:
+                for name in (
+                    config.input.topic,
+                    names.scores,
+                    names.alerts,
+                    names.dead_letters,
+                    names.state,
+                ):
+                    producer.partitions_for(name)
+        except KafkaError as error:
+            raise StreamError(f"the embedded broker makes no topic: {error!r}") from error
+
+    def close(self) -> None:
+        """End the broker and forget its records."""
+        self._cluster = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class EmbeddedService:
+    """`tsdiff run`, as it is, in a thread of its own; it starts and stops with the `with`."""
+
+    def __init__(self, config: ServiceConfig, model: Model) -> None:
+        self.registry = CollectorRegistry()
+        self.url = ""
+        self._config = config
+        self._model = model
+        self._stop = Stop()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="tsdiff-service", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            run_service(
+                self._config,
+                self._model,
+                self._stop,
+                registry=self.registry,
+                client_options=CLIENT_OPTIONS,
+                on_listening=self._listening,
+            )
+        except BaseException as error:  # handed to whoever watches, by `check`
+            self._failure = error
+
+    def _listening(self, url: str) -> None:
+        self.url = url
+
+    def check(self) -> None:
+        """Raise what ended the service, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def counted(self, metric: str) -> int:
+        """Value of one of the service's counters."""
+        return int(self.registry.get_sample_value(metric) or 0)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.request()
+        self._thread.join(_STOP_SECONDS)

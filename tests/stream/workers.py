@@ -1,0 +1,161 @@
+"""The service as its users run it: a process of its own, watched through the topics it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.structs import TopicPartition
+
+from stream.replay import PRODUCER_KWARGS, replay
+from tsdiff.history import History
+
+Scores = dict[tuple[str, str], dict[str, Any]]
+
+
+class Worker:
+    """One `tsdiff run` process."""
+
+    def __init__(self, log: Path, settings: Mapping[str, Any]) -> None:
+        self.log = log
+        arguments = [f"--set={key}={value}" for key, value in settings.items()]
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tsdiff.cli", "run", *arguments],
+                stderr=out,
+                stdout=out,
+                env={**os.environ, "TSDIFF_LOG__FORMAT": "json"},
+            )
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines logged so far."""
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def said(self, event: str) -> bool:
+        return any(event in line.get("event", "") for line in self.events())
+
+    def wait_for(self, event: str, seconds: float = 60.0) -> None:
+        wait_until(lambda: self.said(event), f"{event!r} in the log:\n{self.log}", seconds, self)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+
+def wait_until(
+    condition: Any,  # noqa: ANN401
+    what: str,
+    seconds: float = 60.0,
+    worker: Worker | None = None,
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if worker is not None and worker.process.poll() is not None:
+            raise AssertionError(f"the worker ended; {worker.log.read_text()[-4000:]}")
+        if time.monotonic() > deadline:
+            tail = worker.log.read_text()[-4000:] if worker else ""
+            raise AssertionError(f"not within {seconds:g} s: {what}\n{tail}")
+        time.sleep(0.1)
+
+
+class Deployment:
+    """Names of topics and group that nobody else uses, and workers that all end with the test."""
+
+    def __init__(self, servers: str, topic: str, bundle: Path, folder: Path) -> None:
+        self.servers, self.topic, self.folder = servers, topic, folder
+        self.scores, self.alerts = f"{topic}.scores", f"{topic}.alerts"
+        self.dead_letters = f"{topic}.dead"
+        self.workers: list[Worker] = []
+        self.settings: dict[str, Any] = {
+            "model.path": bundle,
+            "input.bootstrap_servers": servers,
+            "input.topic": topic,
+            "input.group": f"{topic}.group",
+            # Brokers allow no less by default; a killed worker's partitions move after this.
+            "input.session_timeout": "6s",
+            "delivery.transaction_timeout": "5s",
+            "grid.lateness": "0s",
+            "outputs.scores": self.scores,
+            "outputs.alerts": self.alerts,
+            "outputs.dead_letters": self.dead_letters,
+            "outputs.state": f"{topic}.state",
+            "metrics.listen": "",
+        }
+
+    def start(self, **settings: Any) -> Worker:  # noqa: ANN401
+        """Start one more worker; `input__topic=x` overrides `input.topic`."""
+        changed = {key.replace("__", "."): value for key, value in settings.items()}
+        log = self.folder / f"worker-{len(self.workers)}.log"
+        worker = Worker(log, {**self.settings, **changed})
+        self.workers.append(worker)
+        return worker
+
+    def end(self) -> None:
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.kill()
+
+    def send(self, history: History, period_ms: int) -> int:
+        """Write a history to the input topic, at full speed."""
+        with KafkaProducer(bootstrap_servers=self.servers, **PRODUCER_KWARGS) as producer:
+            return replay(history, producer, self.topic, period_ms=period_ms, speed=None).messages
+
+    def wait_for_scores(self, count: int, worker: Worker | None, seconds: float = 90.0) -> None:
+        wait_until(
+            lambda: len(self.records(self.scores)) >= count, f"{count} scores", seconds, worker
+        )
+
+    def records(self, topic: str) -> list[Any]:
+        """Every record of a topic that a `read_committed` reader sees now."""
+        with KafkaConsumer(
+            bootstrap_servers=self.servers,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+        ) as consumer:
+            numbers = consumer.partitions_for_topic(topic)
+            if not numbers:
+                return []
+            partitions = [TopicPartition(topic, number) for number in numbers]
+            consumer.assign(partitions)
+            consumer.seek_to_beginning(*partitions)
+            ends = consumer.end_offsets(partitions)  # the last stable offsets
+            found: list[Any] = []
+            while any(consumer.position(p) < ends[p] for p in partitions):
+                for records in consumer.poll(timeout_ms=500).values():
+                    found.extend(records)
+            return found
+
+    def read_scores(self) -> Scores:
+        """Scores by entity and timestamp; fails on the first one that is there twice."""
+        scores: Scores = {}
+        for record in self.records(self.scores):
+            score = json.loads(record.value)
+            key = (score["entity"], score["timestamp"])
+            assert record.key == score["entity"].encode()
+            assert key not in scores, f"{key} is there twice"
+            scores[key] = score
+        return scores
+
+
+@contextmanager
+def deployment(servers: str, topic: str, bundle: Path, folder: Path) -> Iterator[Deployment]:
+    """A deployment whose workers are gone afterwards, whatever happened."""
+    deployed = Deployment(servers, topic, bundle, folder)
+    try:
+        yield deployed
+    finally:
+        deployed.end()

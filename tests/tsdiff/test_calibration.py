@@ -1,0 +1,97 @@
+"""Calibration on data whose tails are known."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsdiff import calibration
+from tsdiff.calibration import MAX_EVIDENCE, evidence_threshold
+
+
+def fitted(sample: np.ndarray) -> tuple[jnp.ndarray, jnp.ndarray]:
+    knots = calibration.fit_knots(sample.astype(np.float32))
+    slope = calibration.fit_slope(sample.astype(np.float32), float(knots[-1]))
+    return jnp.asarray(knots)[None, None], jnp.asarray([[slope]], jnp.float32)
+
+
+def evidence(sample: np.ndarray, values: np.ndarray) -> np.ndarray:
+    knots, slope = fitted(sample)
+    found = calibration.stream_evidence(
+        jnp.asarray(values, jnp.float32)[None, :, None], knots, slope
+    )
+    cells: np.ndarray = np.asarray(found)
+    return np.asarray(cells[0, :, 0])
+
+
+def test_evidence_is_the_tail_probability_of_a_power_law() -> None:
+    rng = np.random.default_rng(0)
+    train, test = rng.pareto(4.0, 20_000) + 1.0, rng.pareto(4.0, 200_000) + 1.0
+    found = evidence(train, test)
+    for wanted in (0.5, 1.0, 2.0, 3.0, 4.0):
+        share = (found > wanted).mean()
+        assert share == pytest.approx(10.0**-wanted, rel=0.35), wanted
+
+
+def test_p_values_of_normal_data_are_uniform() -> None:
+    rng = np.random.default_rng(1)
+    p = 10.0 ** -evidence(rng.gamma(2.0, size=20_000), rng.gamma(2.0, size=20_000))
+    distance = np.abs(np.sort(p) - np.linspace(0, 1, len(p))).max()
+    assert distance < 0.02
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_evidence_is_monotone_and_finite(constant: bool) -> None:
+    sample = np.full(500, 0.3) if constant else np.random.default_rng(2).gamma(2.0, size=500)
+    values = np.concatenate([[0.0], np.geomspace(1e-8, 1e30, 2000)])
+    found = evidence(sample, values)
+    assert np.isfinite(found).all()
+    assert (np.diff(found) >= 0).all()
+    assert found[0] == 0.0
+    assert found[-1] <= MAX_EVIDENCE
+
+
+def test_evidence_has_no_jump_at_the_last_knot() -> None:
+    sample = np.random.default_rng(3).gamma(2.0, size=5000)
+    edge = float(calibration.fit_knots(sample.astype(np.float32))[-1])
+    below, above = evidence(sample, np.array([edge * (1 - 1e-5), edge * (1 + 1e-5)]))
+    assert above - below < 1e-3
+    assert below == pytest.approx(-math.log10(calibration.TAIL), abs=1e-3)
+
+
+def test_the_combination_is_calibrated_once_more() -> None:
+    """The largest of four independent evidences is too large; after that it is right again."""
+    rng = np.random.default_rng(4)
+
+    def combined(size: int) -> np.ndarray:
+        parts = -np.log10(rng.uniform(size=(1, size, 4)))
+        found: np.ndarray = np.asarray(calibration.combine(jnp.asarray(parts, jnp.float32), 0.0))
+        return np.asarray(found[0])
+
+    train, test = combined(50_000), combined(200_000)
+    knots = calibration.fit_knots(train)
+    slope = calibration.fit_joint_slope(train, float(knots[-1]))
+    found = calibration.joint_evidence(
+        jnp.asarray(test)[None], jnp.asarray(knots)[None], jnp.asarray([slope], jnp.float32)
+    )
+    assert (test > 3.0).mean() > 0.003
+    for wanted in (1.0, 2.0, 3.0, 4.0):
+        assert (np.asarray(found) > wanted).mean() == pytest.approx(10.0**-wanted, rel=0.3)
+
+
+def test_the_networks_evidence_is_added() -> None:
+    """Columns: r, p, n, then their long versions."""
+    parts = jnp.asarray([[[1.0, 2.0, 0.5, 0.0, 1.0, 4.0]]])
+    assert float(calibration.combine(parts, 0.5)[0, 0]) == 2.0 + 0.5 * 4.0
+
+
+def test_threshold_is_the_asked_rate() -> None:
+    assert evidence_threshold(1.0, 60_000) == pytest.approx(math.log10(7 * 24 * 60))
+    assert evidence_threshold(1e9, 60_000) == pytest.approx(-math.log10(0.5))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
+def test_threshold_refuses_a_rate_that_is_none(rate: float) -> None:
+    with pytest.raises(ValueError, match="positive rate of false alarms"):
+        evidence_threshold(rate, 60_000)

@@ -1,0 +1,186 @@
+"""The commands `tsdiff train` and `tsdiff inspect`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.config import TrainConfig
+from tsdiff.bundle import Bundle, load_bundle, save_bundle
+from tsdiff.config import ModelConfig, NetworkConfig
+from tsdiff.durations import parse_duration_ms
+from tsdiff.history import load_history
+
+if TYPE_CHECKING:
+    from train.loop import Progress as State
+
+_LINE_EVERY = 100  # steps, where there is no terminal
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Parquet file or folder.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Bundle folder to write.", show_default=False)
+    ],
+    period: Annotated[
+        str, typer.Option(help="Time from slot to slot, as 60s or 5m.", show_default=False)
+    ],
+    name: Annotated[str, typer.Option(help="Name of the model.")] = "tsdiff",
+    seed: Annotated[int, typer.Option(help="Same data, options and seed: same bundle.")] = 0,
+    window: Annotated[int, typer.Option(help="Slots of context.")] = ModelConfig.window,
+    steps: Annotated[int, typer.Option(help="Most steps of the network.")] = TrainConfig.steps,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop the network's training after this long.")
+    ] = None,
+    network: Annotated[
+        bool, typer.Option("--network/--no-network", help="Train a network beside the anchor.")
+    ] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+    ] = False,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(help="Checkpoints.  [default: OUTPUT.checkpoints]")
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="Which of ENTITY/{train,test}.parquet to read.")
+    ] = "train",
+) -> None:
+    """Learn a model bundle from history.
+
+    DATA is one Parquet file, a folder of them, or a folder of ENTITY/train.parquet. Every
+    numeric column besides `timestamp` is a channel; the last 15 % of every entity's rows are held
+    out to calibrate the model. History should be mostly normal.
+
+    Examples:
+
+      tsdiff train history/ --period 60s -o bundle
+
+      tsdiff train history/ --period 5m -o bundle --resume
+
+      tsdiff train one-host.parquet --period 10s -o bundle --no-network
+    """
+    from train.loop import train as run  # noqa: PLC0415  (JAX is slow to import; --help is not)
+
+    period_ms = parse_duration_ms(period)
+    config = TrainConfig(
+        name=name,
+        seed=seed,
+        model=ModelConfig(window=window),
+        network=NetworkConfig() if network else None,
+        steps=steps,
+        max_minutes=max_minutes,
+    )
+    console = Console(stderr=True)
+    history = load_history(data, period_ms=period_ms, part=part)
+    for warning in history.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    folder = checkpoint_dir or output.with_name(output.name + ".checkpoints")
+    with _progress(console) as report:
+        bundle = run(
+            history,
+            config,
+            period_ms=period_ms,
+            checkpoints=folder if network else None,
+            resume=resume,
+            report=report,
+        )
+    version = save_bundle(bundle, output)
+    _remove(folder)
+    typer.echo(f"{output}: {version}")
+
+
+def _remove(folder: Path) -> None:
+    """The bundle is written: nothing will be resumed."""
+    if folder.exists():
+        from train.state import remove_checkpoints  # noqa: PLC0415
+
+        remove_checkpoints(folder)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[["State"], None]]:
+    """Report as a bar on a terminal, as plain lines in a pipe."""
+    if not sys.stderr.isatty():
+
+        def line(state: "State") -> None:
+            if state.step % _LINE_EVERY == 0 or state.step == state.steps:
+                console.print(_describe(state), highlight=False, soft_wrap=True)
+
+        yield line
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def draw(state: "State") -> None:
+            bar.update(task, total=state.steps, completed=state.step, description=_describe(state))
+
+        yield draw
+
+
+def _describe(state: "State") -> str:
+    text = f"step {state.step}/{state.steps} loss {state.loss:.3f}"
+    if state.held_out is not None and state.anchor is not None:
+        text += f" held-out {state.held_out:.3f} (anchor {state.anchor:.3f})"
+    return text
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+) -> None:
+    """Describe a model bundle in words.
+
+    Example:
+
+      tsdiff inspect bundle
+    """
+    typer.echo(describe(load_bundle(bundle)))
+
+
+def describe(bundle: Bundle) -> str:
+    """Return what a bundle is, one fact a line."""
+    manifest = bundle.manifest
+    size = sum(array.nbytes for array in bundle.arrays.values())
+    metrics = manifest.metrics
+    model = manifest.model
+    if manifest.network is None:
+        reading = "Gaussian anchor alone"
+        if "forecast_loss_network" in metrics:
+            reading += " (the network was no better on held-out data and was dropped)"
+    else:
+        reading = (
+            f"Gaussian anchor and network (weight {manifest.network_weight:g}; loss per held-out "
+            f"cell {metrics['forecast_loss_network']:.3f}, anchor "
+            f"{metrics['forecast_loss_anchor']:.3f} nats)"
+        )
+    lines = {
+        "model": bundle.version,
+        "period": f"{bundle.period_ms / 1000:g} s",
+        "window": f"{model.window} slots, the anchor sees {model.anchor_window}",
+        "smoothing": f"{model.smoothing} slots",
+        "channels": f"{len(bundle.channels)}: {_some(bundle.channels)}",
+        "entities": f"{len(bundle.entities)}: {_some(bundle.entities)}",
+        "detector": reading,
+        "held out": f"{metrics['held_out_slots']:.0f} slots; {metrics['band_coverage']:.1%} of "
+        f"readings in the 90 % band; {metrics['share_above_evidence_3']:.3%} of slots beyond "
+        "evidence 3 (0.1 % expected)",
+        "size": f"{size / 1e6:.1f} MB",
+        "data": manifest.fingerprint[:12],
+    }
+    width = max(len(name) for name in lines)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _some(names: tuple[str, ...], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"
