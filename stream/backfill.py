@@ -24,6 +24,8 @@ class BackfillSummary:
     readings: int
     scores: int
     alerts: tuple[AlertEvent, ...]
+    warming: tuple[str, ...]
+    """Entities whose history is too short for any score."""
 
 
 def backfill(
@@ -53,8 +55,9 @@ def backfill(
     )
     try:
         service.run()
+        sink.close()
     except BaseException:
         sink.abandon()
         raise
-    sink.close()
-    return BackfillSummary(source.total, sink.rows, tuple(sink.alerts))
+    warming = tuple(e.entity for e in history.entities if e.entity not in sink.scored)
+    return BackfillSummary(source.total, sink.rows, tuple(sink.alerts), warming)

@@ -26,6 +26,7 @@ from stream.records import State
 BLAMED: Final = 3
 # A service that says nothing for so long will not say anything; compiling takes a third of it.
 _SILENCE_SECONDS: Final = 120.0
+_PIPE_COLUMNS: Final = 120
 _DRAWN_EVERY_SECONDS: Final = 0.25
 _LINES_EVERY_SECONDS: Final = 15.0
 # A record of a topic, decoded: the outputs of the service are JSON objects.
@@ -192,6 +193,9 @@ class Screen:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        if not console.is_terminal:
+            # Rich takes a pipe for 80 columns wide, and would cut what nothing has to cut.
+            console.width = max(console.width, _PIPE_COLUMNS)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the table where there is one."""

@@ -146,6 +146,7 @@ class Placement:
     placed: int = 0
     late: int = 0
     duplicates: int = 0
+    unknown_channels: int = 0
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """The commands of `stream`: run, backfill, replay, demo. Thin: parse, build, call, print."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tsdiff.durations import parse_duration_ms
@@ -26,6 +28,11 @@ def _bar(total: int, what: str) -> tuple[Progress, Any]:
         disable=not _err.is_terminal,
     )
     return progress, progress.add_task(what, total=total)
+
+
+def _warn(text: str) -> None:
+    """One line, whatever its length and whatever brackets are in it."""
+    _err.print("[yellow]warning:[/]", escape(text), highlight=False, soft_wrap=True)
 
 
 def _overrides(settings: list[str]) -> dict[str, Any]:
@@ -106,11 +113,13 @@ def backfill(
         tsdiff backfill web-17.parquet -m bundle -o scores.parquet --set outputs.channels=all
     """
     from stream.backfill import backfill as score_history  # noqa: PLC0415
-    from stream.compose import load_model  # noqa: PLC0415
+    from stream.compose import grid_of, load_model  # noqa: PLC0415
     from stream.config import load_config  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
     from tsdiff.history import load_history  # noqa: PLC0415
 
+    if output.exists() and data.exists() and output.samefile(data):
+        raise ConfigError(f"expected another file for --output than the history {data} itself")
     # History has no topic; the key is there because live settings files have it.
     overrides = {"model.path": str(model), "input.topic": "history", **_overrides(settings or [])}
     loaded = load_config(config, overrides)
@@ -120,7 +129,7 @@ def backfill(
         data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
     )
     for warning in history.warnings:
-        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        _warn(warning)
     total = sum(len(e.timestamps_ms) for e in history.entities)
     progress, task = _bar(total, "scoring")
     with progress:
@@ -128,6 +137,14 @@ def backfill(
             history, built, loaded, output, lambda done: progress.update(task, completed=done)
         )
         progress.update(task, completed=total)
+    if summary.warming:
+        grid = grid_of(built, loaded)
+        _warn(
+            f"no score for {', '.join(summary.warming[:5])}"
+            f"{' and others' if len(summary.warming) > 5 else ''}: their history is shorter than "
+            f"the warm-up of {grid.warmup_slots} slots ({grid.newcomer_slots} for an entity never "
+            "seen in training, detect.warmup_slots)"
+        )
     firing = [a for a in summary.alerts if a.state == "firing"]
     typer.echo(
         f"{summary.readings} readings of {len(history.entities)} entities, {summary.scores} scores "
@@ -172,8 +189,9 @@ def replay(
     from stream.config import load_config  # noqa: PLC0415
     from stream.errors import StreamError  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
-    from stream.replay import PRODUCER_KWARGS
+    from stream.replay import PRODUCER_KWARGS  # noqa: PLC0415
     from stream.replay import replay as write  # noqa: PLC0415
+    from stream.topics import expect_topic  # noqa: PLC0415
     from tsdiff.history import load_history  # noqa: PLC0415
 
     if speed is not None and speed <= 0:
@@ -181,14 +199,17 @@ def replay(
     if start_at not in {"original", "now"}:
         raise ConfigError(f"expected --start-at original or now, got {start_at!r}")
     configure_logging("warning", "console")
+    # What goes wrong is said in one line below.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     history = load_history(data, period_ms=parse_duration_ms(period), part=part)
     for warning in history.warnings:
-        _err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        _warn(warning)
     if config is None:
         client: dict[str, Any] = {"bootstrap_servers": bootstrap_servers.split(",")}
     else:
         loaded = load_config(config, {})
         client = loaded.input.client_kwargs()
+    expect_topic(client, to)
     total = sum(len(e.timestamps_ms) for e in history.entities)
     progress, task = _bar(total, "replaying")
     try:
@@ -207,8 +228,8 @@ def replay(
             )
     except KafkaError as error:
         raise StreamError(
-            f"expected topic {to} at {','.join(client['bootstrap_servers'])}, got {error!r}; "
-            "create the topic, or name another broker with --bootstrap-servers"
+            f"writing to topic {to} at {','.join(client['bootstrap_servers'])} failed: {error!r}; "
+            "what was sent so far stays there"
         ) from error
     typer.echo(f"{summary.messages} readings of {len(history.entities)} entities -> {to}")
 

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -39,6 +39,8 @@ MAX_ENTITY_CHARS: Final = 512
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 # Year 9999; later timestamps cannot be printed as RFC 3339.
 _LAST_TIMESTAMP_MS: Final = 253_402_300_799_999
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 _encoder = msgspec.json.Encoder()
 
 
@@ -84,7 +86,10 @@ def _decode_lenient(value: bytes, strict_error: str) -> _Native:
     """Python and many exporters write bare NaN and Infinity, which JSON proper does not know."""
     try:
         document = json.loads(value)
-        return msgspec.convert(document, _Native)
+        message = msgspec.convert(document, _Native)
+        # json also lets half of a surrogate pair pass, which can neither be a key nor be printed.
+        message.entity.encode()
+        return message
     except msgspec.ValidationError as error:
         raise _rejection(value, str(error)) from None
     except (ValueError, RecursionError):
@@ -107,8 +112,8 @@ def _rejection(value: bytes, error: str) -> DecodeError:
 
 def _epoch_ms(timestamp: datetime | float) -> int:
     if isinstance(timestamp, datetime):
-        timestamp_ms = math.floor(timestamp.timestamp() * 1000 + 0.5)
-    elif math.isfinite(timestamp):
+        timestamp_ms = (timestamp - _EPOCH) // _MILLISECOND
+    elif isinstance(timestamp, int) or math.isfinite(timestamp):
         timestamp_ms = math.floor(timestamp)
     else:
         timestamp_ms = -1
@@ -157,7 +162,7 @@ class Columns:
 
 def rfc3339(timestamp_ms: int) -> str:
     """Epoch milliseconds as text: `2026-11-23T12:00:00Z`, with milliseconds if there are any."""
-    moment = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    moment = _EPOCH + timestamp_ms * _MILLISECOND
     timespec = "milliseconds" if timestamp_ms % 1000 else "seconds"
     return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 

@@ -28,16 +28,14 @@ from stream.sources import RETRY_SECONDS, KafkaSource
 from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
-from tsdiff.detector import Detector
+from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError
 
 _log = structlog.get_logger("tsdiff.run")
 
-# Slots of an entity that are closed at a time when a backlog is worked off; the ring holds as many
-# beside the window, so more would cost memory for every entity.
-SPAN: Final = 16
-# Windows in one call of the model; two sizes, so that a single entity does not pay for 256.
-BATCHES: Final = (8, 256)
+# Slots of an entity that are closed at a time when a backlog is worked off: the model's longest
+# span. The ring holds as many beside the window, so more would cost memory for every entity.
+SPAN: Final = max(span for _, span in SHAPES)
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def load_model(path: Path) -> Model:
     """
     enable_compilation_cache()
     bundle = load_bundle(path)
-    return Model(bundle, Detector(bundle, batch_sizes=BATCHES, span_sizes=(1, SPAN)))
+    return Model(bundle, Detector(bundle))
 
 
 def enable_compilation_cache() -> None:

@@ -1,9 +1,9 @@
 """`tsdiff demo`: a simulated fleet with faults, watched by the real service, and what it caught.
 
-Everything runs in this process: simulation, training, broker, service, metrics. Two days of the
-fleet's time pass in a hundred seconds; event time ends at the present. The service is that of
+Everything runs in this process: simulation, training, broker, service, metrics. Four days of the
+fleet's time pass in a hundred seconds, those before last Thursday. The service is that of
 `tsdiff run`, with the default alert rule. One thing differs from production: the embedded broker
-keeps no offsets that come with a transaction, so delivery is at-least-once (see stream/embedded.py).
+keeps no offsets that come with a transaction, so delivery is at-least-once (stream/embedded.py).
 
     simulate -> train -> bundle --------------\
                       -> feeder -> broker -> service -> broker -> board -> live table, summary
@@ -37,7 +37,7 @@ from stream.board import (
     follow,
 )
 from stream.codec import rfc3339
-from stream.compose import SPAN, Model, enable_compilation_cache
+from stream.compose import Model, enable_compilation_cache
 from stream.config import ServiceConfig
 from stream.demo_table import FaultRow, FleetHeader, fleet_table, summary_table
 from stream.embedded import DELIVERY_MODE, EmbeddedBroker, EmbeddedService, missing_extra
@@ -57,7 +57,9 @@ from tsdiff.bundle import Bundle, load_bundle, save_bundle
 from tsdiff.detector import Detector
 from tsdiff.history import History
 
-DAY_SLOTS: Final = 1440
+DAY_SLOTS: Final = 288
+# Slots in one call of the model: a look at the topic brings one or two of each entity.
+_SPAN: Final = 4
 # Messages of the feeder are sent in ticks, as agents' are.
 _TICK_SECONDS: Final = 0.05
 # An alert may come this late and still be the fault's: m of n slots, and the lag of smoothing.
@@ -77,21 +79,26 @@ class Train(Protocol):
 class Plan:
     """How long, how much, how fast; the defaults are the demo's, tests take less."""
 
-    period_ms: int = 60_000
-    # Two weeks hold the weekly rhythm twice, and a quarter of them three nights of backup jobs to
-    # calibrate on; with one night the other nights' jobs raise false alarms.
-    history_slots: int = 14 * DAY_SLOTS
-    live_slots: int = 2 * DAY_SLOTS
+    # Five minutes, as network devices are polled: three weeks are few enough slots to learn from
+    # within seconds. Two weeks are fitted and one calibrates: what a Wednesday noon looks like is
+    # not learned on a Sunday, and days unseen by the calibration would raise false alarms.
+    period_ms: int = 300_000
+    history_slots: int = 21 * DAY_SLOTS
+    live_slots: int = 4 * DAY_SLOTS
     live_seconds: float = 100.0
-    quiet_slots: int = 120
+    quiet_slots: int = 60
     """Slots at the beginning of the live part in which nothing is wrong."""
     # A channel that goes missing is no anomaly of values; it shows as imputed_ratio instead.
     kinds: tuple[FaultKind, ...] = tuple(kind for kind in FAULT_KINDS if kind != "missing")
     late_share: float = 0.02
     max_late_slots: int = 3
-    lateness_slots: int = 1
-    """Readings up to two slots late are waited for; the few that are later are lost to scoring."""
-    train: Mapping[str, Any] = field(default_factory=lambda: {"held_out": 0.25, "network": None})
+    # A slot is over a period after its time, so this waits for all but the very latest.
+    lateness_slots: int = 2
+    # A short training: the network is worth its place after a hundred steps, and the first score
+    # is to come within a minute of the command even where nothing was compiled before.
+    train: Mapping[str, Any] = field(
+        default_factory=lambda: {"held_out": 0.334, "steps": 150, "evaluate_every": 150}
+    )
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,9 @@ def out_of_order(arrivals: Arrivals) -> int:
 class Feeder(threading.Thread):
     """Delivers a fleet's readings in the order of their arrival, faster than they happened."""
 
-    def __init__(self, broker: EmbeddedBroker, topic: str, fleet: Fleet, plan: Plan, seed: int):
+    def __init__(
+        self, broker: EmbeddedBroker, topic: str, fleet: Fleet, plan: Plan, seed: int
+    ) -> None:
         super().__init__(name="tsdiff-feeder", daemon=True)
         self._arrivals = delivery_order(
             fleet, late_share=plan.late_share, max_late_slots=plan.max_late_slots, seed=seed
@@ -282,7 +291,7 @@ class Result:
         right = sum(bool(o.blamed_right) for o in self.outcomes)
         if delays:
             screen.say(
-                f"caught after {median(delays):g} slots (median); among the first {BLAMED} "
+                f"median delay {median(delays):g} slots; among the first {BLAMED} "
                 f"channels blamed was the faulty one in {right} of {len(delays)}"
             )
         per_day = len(self.false_alarms) / self.entity_days
@@ -294,9 +303,9 @@ class Result:
             blamed = ", ".join(episode.channels)
             screen.say(f"  false: {clock_text(episode.start_ms)} {episode.entity} {blamed}")
         screen.say(
-            f"{self.scores} scores of {self.readings} readings, {self.late} of them late and "
-            f"{self.lost} too late to count; first score after {self.seconds_to_first_score:.0f} s, "
-            f"all done after {self.seconds:.0f} s"
+            f"{self.scores} slots scored from {self.readings} readings, {self.late} of them late, "
+            f"{self.lost} too late to count; first score after "
+            f"{self.seconds_to_first_score:.0f} s, all done after {self.seconds:.0f} s"
         )
 
 
@@ -387,11 +396,13 @@ def _simulate(plan: Plan, seed: int, entities: int, now: float) -> Fleet:
 def _announce(fleet: Fleet, plan: Plan) -> str:
     period_s = plan.period_ms / 1000
     days = plan.live_slots * plan.period_ms / 86_400_000
+    past = plan.history_slots * plan.period_ms / 86_400_000
     return (
         f"{len(fleet.entities)} simulated servers of {len(fleet.channels)} channels, a reading "
-        f"every {period_s:g} s: {plan.history_slots} slots of history, then {days:.2g} days live in "
-        f"{plan.live_seconds:.0f} s with {len(fleet.faults)} faults; embedded broker "
-        f"(librdkafka's mock: no transactions, so delivery is {DELIVERY_MODE})"
+        f"every {period_s:g} s: {past:.2g} days of history, then {days:.2g} days live "
+        f"in {plan.live_seconds:.0f} s with {len(fleet.faults)} faults\n"
+        "embedded broker: librdkafka's mock, which keeps no offsets of transactions, "
+        f"so delivery is {DELIVERY_MODE}"
     )
 
 
@@ -399,7 +410,7 @@ def load_model(path: Path, entities: int) -> Model:
     """Load a bundle for a known number of entities, and compile it for that size alone."""
     bundle = load_bundle(path)
     batch = min(256, -(-entities // 8) * 8)
-    detector = Detector(bundle, batch_sizes=(batch,), span_sizes=(SPAN,))
+    detector = Detector(bundle, shapes=((batch, _SPAN),))
     detector.warm_up()
     return Model(bundle, detector)
 

@@ -144,8 +144,8 @@ class Service:
         buffer = self._buffers[batch.partition]
         fresh = [d for d in batch.dead_letters if d.offset >= buffer.prime_until]
         round_.dead_letters.extend(fresh)
-        if not buffer.priming and batch.unknown_channels:
-            self._metrics.unknown_channels(batch.unknown_channels)
+        if not buffer.priming:
+            buffer.placement.unknown_channels += batch.unknown_channels
         return buffer, buffer.advance(batch)
 
     def _finish(self, batch: ReadingBatch, round_: Round) -> None:
@@ -180,6 +180,7 @@ class Service:
             metrics.readings(placement.placed + placement.late)
             metrics.late(placement.late)
             metrics.duplicate_readings(placement.duplicates)
+            metrics.unknown_channels(placement.unknown_channels)
             if batch.received_at and placement.placed:
                 metrics.end_to_end_latency(self._clock() - batch.received_at)
         for letter in round_.dead_letters:

@@ -23,6 +23,7 @@ from kafka.errors import (
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.buffer import EntitySnapshot
+from stream.clients import connect
 from stream.codec import (
     CommitMetadata,
     dead_letter_headers,
@@ -139,9 +140,13 @@ class KafkaSink:
         # Larger batches than the 16 KiB default: a round is thousands of small records.
         kwargs |= {"batch_size": 256 * 1024, "linger_ms": 5, **self._options}
         try:
-            producer = KafkaProducer(**kwargs)
+            producer = connect(KafkaProducer, **kwargs)
             if self._exactly_once:
-                producer.init_transactions()
+                try:
+                    producer.init_transactions()
+                except KafkaError:
+                    producer.close(timeout=0)
+                    raise
         except (AuthorizationError, UnsupportedVersionError, KafkaConfigurationError) as error:
             raise StreamError(f"the broker refuses to be written to: {error}") from error
         except KafkaError as error:
@@ -244,15 +249,29 @@ SCORES_SCHEMA: Final = pa.schema(
 
 
 class ParquetSink:
-    """Scores to one Parquet file, which appears under its name only when it is whole."""
+    """Scores to one Parquet file, which appears under its name only when it is whole.
+
+    Raises:
+        StreamError: the file cannot be written.
+
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._partial, SCORES_SCHEMA, compression="zstd")
+        if path.is_dir():
+            raise StreamError(f"expected a file for the scores, got the folder {path}; name a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._partial, SCORES_SCHEMA, compression="zstd")
+        except OSError as error:
+            raise StreamError(
+                f"cannot write scores to {path}: {error.strerror or error}; name another file"
+            ) from error
         self.alerts: list[AlertEvent] = []
         self.rows = 0
+        self.scored: set[str] = set()
+        """Entities that have a score, not only slots of their warm-up."""
 
     def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401
         """Append the scores of a round as one row group."""
@@ -269,6 +288,8 @@ class ParquetSink:
             columns["imputed_ratio"].append(score.imputed_ratio)
             columns["model"].append(score.model)
             columns["channels"].append([(n, c._asdict()) for n, c in score.channels.items()])
+            if score.anomaly_score is not None:
+                self.scored.add(score.entity)
         self._writer.write_table(pa.table(columns, schema=SCORES_SCHEMA))
         self.rows += len(round_.scores)
 

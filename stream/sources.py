@@ -19,6 +19,7 @@ from kafka.errors import KafkaConfigurationError, KafkaError
 from kafka.structs import TopicPartition
 
 from stream.buffer import EntitySnapshot
+from stream.clients import connect
 from stream.codec import Columns, CommitMetadata, Decoder, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
@@ -208,7 +209,8 @@ class KafkaSource:
         self._replaying: dict[TopicPartition, int] = {}
         self._rewind = False
         try:
-            self._consumer = KafkaConsumer(
+            self._consumer = connect(
+                KafkaConsumer,
                 **config.input.consumer_kwargs(),
                 partition_assignment_strategy=[CooperativeStickyAssignor],
                 **self._options,
@@ -254,7 +256,8 @@ class KafkaSource:
                 self._replaying.pop(partition, None)
         for partition, until in list(self._replaying.items()):
             # What was to be replayed may be gone (retention), or be nothing but markers.
-            if self._consumer.position(partition) >= until:
+            # Once more for a partition in `fetched` would be a second batch of it in this poll.
+            if partition not in fetched and self._consumer.position(partition) >= until:
                 del self._replaying[partition]
                 polled.batches.append(self._decode(partition, [], until))
         return polled
@@ -351,7 +354,7 @@ class KafkaSource:
 
     def _readings(self, record: Any) -> Sequence[Any]:  # noqa: ANN401 - kafka-python is untyped
         value: bytes | None = record.value
-        if value is None:
+        if not value:
             raise DecodeError("empty", "expected a message, got a record without a value")
         limit = self._config.input.max_message_bytes
         if len(value) > limit:
@@ -421,9 +424,9 @@ def read_snapshots(
     }
     # The very end, not the last stable offset: a transaction of the previous owner whose offsets
     # we have already seen committed may still lack its marker here.
-    with KafkaConsumer(**options) as plain:
+    with connect(KafkaConsumer, **options) as plain:
         ends = plain.end_offsets(wanted)
-    with KafkaConsumer(**options, isolation_level="read_committed") as consumer:
+    with connect(KafkaConsumer, **options, isolation_level="read_committed") as consumer:
         consumer.assign(wanted)
         consumer.seek_to_beginning(*wanted)
         deadline = time.monotonic() + STATE_TIMEOUT_S

@@ -8,8 +8,9 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
+from stream.clients import connect
 from stream.config import ServiceConfig
-from stream.errors import RetryableError, TopicError
+from stream.errors import RetryableError, StreamError, TopicError
 
 _log = structlog.get_logger("tsdiff.topics")
 
@@ -22,14 +23,44 @@ _DEAD_LETTER_MAX_BYTES: Final = 16 * 1024 * 1024
 def connect_admin(config: ServiceConfig, client_options: Mapping[str, Any]) -> KafkaAdminClient:
     """Connect an admin client, or raise `RetryableError` naming the servers that were tried."""
     try:
-        return KafkaAdminClient(
-            **config.input.client_kwargs(), bootstrap_timeout_ms=5_000, **client_options
+        return connect(
+            KafkaAdminClient,
+            **config.input.client_kwargs(),
+            bootstrap_timeout_ms=5_000,
+            **client_options,
         )
     except KafkaError as error:
         servers = ",".join(config.input.bootstrap_servers)
         raise RetryableError(
             f"no broker answers at {servers} (input.bootstrap_servers): {error!r}"
         ) from error
+
+
+def expect_topic(client: Mapping[str, Any], topic: str) -> None:
+    """Say within seconds that there is no broker or no such topic; a producer waits a minute.
+
+    Raises:
+        StreamError: there is not.
+
+    """
+    servers = ",".join(client["bootstrap_servers"])
+    try:
+        admin = connect(KafkaAdminClient, **client, bootstrap_timeout_ms=5_000)
+    except KafkaError as error:
+        raise StreamError(
+            f"expected a broker at {servers}, got {error!r}; start it, or name another one with "
+            "--bootstrap-servers"
+        ) from error
+    try:
+        if partition_count(admin, topic) is None:
+            raise TopicError(
+                f"expected topic {topic} at {servers}, it does not exist; create it, or name "
+                "another one"
+            )
+    except KafkaError as error:
+        raise StreamError(f"looking for topic {topic} at {servers} failed: {error!r}") from error
+    finally:
+        admin.close()
 
 
 def partition_count(admin: KafkaAdminClient, topic: str) -> int | None:

@@ -1,0 +1,1 @@
+"""The model library: windows, anchor, network, calibration, bundle and detector."""

@@ -8,6 +8,7 @@ say anything is Gaussian with precision M = I + W' diag(o / (noise + sigma^2)) W
 Bishop 2006, section 12.2.4). x is one window, flattened slot-major, in normalised units.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -171,7 +172,11 @@ def solve(
         lost = _unpack((~observed).astype(jnp.float32) @ whitened.outer, rank)
         eye = jnp.eye(rank)
         correction = _batch_inverse((1.0 + _JITTER) * eye - lost) - eye
-        latent = projection + jnp.einsum("bkl,bl->bk", correction, projection)
+        latent = _refined(
+            projection,
+            lambda b: b + jnp.einsum("bkl,bl->bk", correction, b),
+            lambda z: z - jnp.einsum("bkl,bl->bk", lost, z),
+        )
         return Solved(residual, projection, latent, None, correction)
     # Woodbury: the rows l of the missing cells, (I - L'L)^-1 = I + L'(I - LL')^-1 L.
     order = jnp.where(~observed, jnp.cumsum(~observed, axis=-1) - 1, missing)
@@ -182,9 +187,30 @@ def solve(
     rows = jnp.where(index[..., None] >= 0, whitened.loadings[index], 0.0)
     system = (1.0 + _JITTER) * jnp.eye(missing) - jnp.einsum("bqk,bpk->bqp", rows, rows)
     right = jnp.einsum("bqp,bpk->bqk", _batch_inverse(system), rows)
-    told = jnp.einsum("bqk,bk->bq", right, projection)
-    latent = projection + jnp.einsum("bqk,bq->bk", rows, told)
+
+    def lift(weights: Array) -> Array:
+        return jnp.einsum("bqk,bq->bk", rows, weights)
+
+    latent = _refined(
+        projection,
+        lambda b: b + lift(jnp.einsum("bqk,bk->bq", right, b)),
+        lambda z: z - lift(jnp.einsum("bqk,bk->bq", rows, z)),
+    )
     return Solved(residual, projection, latent, rows.transpose(0, 2, 1), right)
+
+
+def _refined(
+    b: Float[Array, "B K"],
+    inverse: Callable[[Array], Array],
+    system: Callable[[Array], Array],
+) -> Float[Array, "B K"]:
+    """Solve by a nearby inverse, with one step of iterative refinement.
+
+    It takes the jitter and the inverse's rounding out again, so that a window's result does not
+    depend on which of the ways to solve it was compiled for its batch.
+    """
+    z = inverse(b)
+    return z + inverse(b - system(z))
 
 
 def _batch_inverse(system: Float[Array, "B K K"]) -> Float[Array, "B K K"]:

@@ -2,16 +2,15 @@
 """A bundle put to work: raw values in, calibrated evidence, expected values and bands out.
 
 The compiled function is pure and stateless: everything a result depends on is in its arguments.
-It is compiled once for each of a few padded shapes (`batch_sizes` x `span_sizes`, each for no, few
-and any number of missing cells); whatever comes in is cut and padded to these, so the steady state
-never compiles.
+It is compiled once for each of a few padded shapes (`shapes`, each for no, few and any number of
+missing cells); whatever comes in is cut and padded to these, so the steady state never compiles.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,10 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 # Missing cells per window that a compiled shape is made for: none; one silent channel, or a slot
 # of a few, or 1 % here and there; any number.
 _MISSING: tuple[int | None, ...] = (0, 16, None)
+# (entities, slots) that are compiled. Live, few or many entities have one slot each; a backlog has
+# many slots of each. Both are 256 windows, which fill the vector units and still fit the cache; a
+# further size would save a small fleet milliseconds a round, and cost everybody seconds at start.
+SHAPES: Final = ((256, 1), (16, 16))
 _Z90 = 1.645  # half-width of a 90 % band in standard deviations
 
 
@@ -156,8 +159,7 @@ class Detector:
         self,
         bundle: Bundle,
         *,
-        batch_sizes: Sequence[int] = (8, 256),
-        span_sizes: Sequence[int] = (1, 64),
+        shapes: Sequence[tuple[int, int]] = SHAPES,
     ) -> None:
         self.bundle = bundle
         self.channels = bundle.channels
@@ -166,8 +168,10 @@ class Detector:
         self.window = self._config.window
         self.history = self._config.smoothing - 1
         self.compilations = 0
-        self._batch_sizes = tuple(sorted(batch_sizes))
-        self._span_sizes = tuple(sorted(span_sizes))
+        self._batches = {
+            span: tuple(sorted(batch for batch, of in shapes if of == span))
+            for span in sorted({span for _, span in shapes})
+        }
         self._rows = {entity: row for row, entity in enumerate(bundle.entities)}
         try:
             self._statistics = Statistics(
@@ -235,8 +239,8 @@ class Detector:
         """Compile every shape, so that no later call has to."""
         keys = [
             (batch, span, missing)
-            for batch in self._batch_sizes
-            for span in self._span_sizes
+            for span, batches in self._batches.items()
+            for batch in batches
             for missing in _MISSING
         ]
         # XLA compiles one module on one core and lets go of the interpreter meanwhile.
@@ -304,14 +308,14 @@ class Detector:
         entities, span = len(values), values.shape[1] - self.window + 1
         result = self._empty(entities, span)
         history = np.array(history, np.float32)
-        for start, length, size in _plan(span, self._span_sizes):
+        for start, length, size in _plan(span, tuple(self._batches)):
             piece = values[:, start : start + self.window - 1 + length]
             most = self._most_missing(piece, lengths - start)
             kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
             alive = lengths > start
             for number, missing in enumerate(_MISSING):
                 chosen = np.flatnonzero(alive & (kind == number))
-                for begin, count, padded in _plan(len(chosen), self._batch_sizes):
+                for begin, count, padded in _plan(len(chosen), self._batches[size]):
                     index = chosen[begin : begin + count]
                     found = self._call(
                         _pad(piece[index], padded, size - length),

@@ -37,8 +37,11 @@ def test_evidence_is_the_tail_probability_of_a_power_law() -> None:
 def test_p_values_of_normal_data_are_uniform() -> None:
     rng = np.random.default_rng(1)
     p = 10.0 ** -evidence(rng.gamma(2.0, size=20_000), rng.gamma(2.0, size=20_000))
-    distance = np.abs(np.sort(p) - np.linspace(0, 1, len(p))).max()
-    assert distance < 0.02
+    uniform = np.linspace(0, 1, len(p))
+    distance = np.abs(np.sort(p) - uniform)
+    # Knots are even in evidence, hence sparse among the commonest values, where nobody looks.
+    assert distance.max() < 0.04
+    assert distance[uniform < 0.5].max() < 0.015
 
 
 @pytest.mark.parametrize("constant", [False, True])

@@ -1,0 +1,372 @@
+"""`tsdiff demo --host`: this machine, watched second by second by the real service until Ctrl-C.
+
+First it learns for some minutes what the machine does just now, then the same embedded broker and
+service as in the demo score each second. What was learned is minutes of one mood of the machine:
+whatever it does later for the first time is news to the model, and is meant to be.
+"""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Final, Self
+
+import msgspec
+import numpy as np
+from kafka import KafkaProducer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from stream.board import Board, Episode, OutputsReader, Record, Screen, alert_line, follow
+from stream.compose import enable_compilation_cache
+from stream.demo import Train, load_model, service_config
+from stream.demo_table import FleetHeader, fleet_table
+from stream.embedded import EmbeddedBroker, EmbeddedService, missing_extra
+from stream.errors import StreamError
+from stream.logs import configure_logging
+from tsdiff.bundle import save_bundle
+from tsdiff.errors import ConfigError
+from tsdiff.history import EntityHistory, History
+
+PERIOD_MS: Final = 1000
+ENTITY: Final = "this-machine"
+# Three windows of 64 slots are what training asks for; some more, since a second may be missed.
+LEARN_LEAST_MS: Final = 220 * PERIOD_MS
+# One false alarm an hour: what minutes of learning know of the tails does not reach to a week.
+FALSE_ALARMS_PER_WEEK: Final = 7 * 24.0
+_CLOCK: Final = "%H:%M:%S"
+_MIB: Final = 1024 * 1024
+
+Rates = dict[str, float]
+
+
+class HostSampler:
+    """Reads this machine's counters; a rate is the change since the sample before.
+
+    What the machine does not have (a disk, a network, swap, a load) is left out of `channels`.
+
+    Raises:
+        TsdiffError: psutil is not installed.
+
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        try:
+            import psutil  # noqa: PLC0415 - optional
+        except ModuleNotFoundError:
+            raise missing_extra("psutil") from None
+        self._psutil: ModuleType = psutil
+        self._clock = clock
+        self._at = clock()
+        self._counters = self._count()
+        self._levels()  # psutil's CPU shares are of the time since the call before
+        self.channels: dict[str, str] = {
+            name: unit for name, unit in _UNITS.items() if name in self._known()
+        }
+
+    def _known(self) -> set[str]:
+        return {*self._levels(), *self._counters}
+
+    def sample(self) -> Rates:
+        """Return every channel's value now; one that cannot be read this time is left out."""
+        now, counters = self._clock(), self._count()
+        elapsed = max(now - self._at, 1e-3)
+        rates = {
+            # A counter that went back belongs to another device, or began anew.
+            name: max(0.0, value - self._counters[name]) / elapsed
+            for name, value in counters.items()
+            if name in self._counters
+        }
+        self._at, self._counters = now, counters
+        found = {**self._levels(), **rates}
+        return {name: found[name] for name in self.channels if name in found}
+
+    def _levels(self) -> Rates:
+        psutil = self._psutil
+        levels: Rates = {}
+        share = psutil.cpu_times_percent()
+        levels["cpu"] = 100.0 - share.idle
+        for name in ("user", "system", "iowait"):
+            if hasattr(share, name):
+                levels[f"cpu_{name}"] = float(getattr(share, name))
+        with suppress(OSError, AttributeError):
+            levels["load_1m"] = float(psutil.getloadavg()[0])
+        levels["memory"] = float(psutil.virtual_memory().percent)
+        with suppress(OSError, RuntimeError):
+            swap = psutil.swap_memory()
+            if swap.total:
+                levels["swap"] = float(swap.percent)
+        levels["processes"] = float(len(psutil.pids()))
+        return levels
+
+    def _count(self) -> Rates:
+        """Read what only grows."""
+        psutil = self._psutil
+        counters: Rates = {}
+        # Containers and some systems show no disks or no network, or refuse to tell.
+        with suppress(OSError, RuntimeError, NotImplementedError):
+            disk = psutil.disk_io_counters()
+            if disk is not None:
+                counters["disk_read"] = disk.read_bytes / _MIB
+                counters["disk_write"] = disk.write_bytes / _MIB
+        with suppress(OSError, RuntimeError, NotImplementedError):
+            net = psutil.net_io_counters()
+            if net is not None:
+                counters["net_in"] = net.bytes_recv / _MIB
+                counters["net_out"] = net.bytes_sent / _MIB
+                counters["packets"] = float(net.packets_recv + net.packets_sent)
+        with suppress(OSError, RuntimeError, NotImplementedError):
+            stats = psutil.cpu_stats()
+            counters["switches"] = float(stats.ctx_switches)
+            counters["interrupts"] = float(stats.interrupts)
+        return counters
+
+
+# Every channel there may be, with its unit, in the order in which they are shown.
+_UNITS: Final = {
+    "cpu": "%",
+    "cpu_user": "%",
+    "cpu_system": "%",
+    "cpu_iowait": "%",
+    "load_1m": "",
+    "memory": "%",
+    "swap": "%",
+    "disk_read": "MiB/s",
+    "disk_write": "MiB/s",
+    "net_in": "MiB/s",
+    "net_out": "MiB/s",
+    "packets": "1/s",
+    "switches": "1/s",
+    "interrupts": "1/s",
+    "processes": "",
+}
+
+
+class _Ticks:
+    """Wakes once a second, in the middle of the slot, so that no second gets two samples."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def wait(self, stopping: threading.Event) -> int:
+        """Sleep until the next slot; return its time. Seconds slept through are left out."""
+        now = time.time()
+        self._last = max(self._last + 1, int(now + 0.5))
+        stopping.wait(max(0.0, self._last + 0.5 - now))
+        return self._last * PERIOD_MS
+
+
+def learn(sampler: HostSampler, seconds: int, screen: Screen, console: Console) -> History:
+    """Sample for so many seconds, behind a progress bar."""
+    stopping, ticks = threading.Event(), _Ticks()
+    names = tuple(sampler.channels)
+    timestamps_ms, values = [], []
+    screen.say(
+        f"learning what this machine does for {seconds} s, {len(names)} channels a second; "
+        "Ctrl-C ends"
+    )
+    progress = Progress(
+        TextColumn("learning"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        task = progress.add_task("learning", total=seconds)
+        for _ in range(seconds):
+            timestamps_ms.append(ticks.wait(stopping))
+            found = sampler.sample()
+            values.append([found.get(name, np.nan) for name in names])
+            progress.advance(task)
+    entity = EntityHistory(ENTITY, np.array(timestamps_ms, np.int64), np.array(values, np.float32))
+    return History(names, (entity,), ())
+
+
+class HostFeeder(threading.Thread):
+    """Sends a sample a second until it is told to stop."""
+
+    def __init__(self, broker: EmbeddedBroker, topic: str, sampler: HostSampler) -> None:
+        super().__init__(name="tsdiff-host", daemon=True)
+        self._topic = topic
+        self._sampler = sampler
+        self._producer = KafkaProducer(**broker.client_kwargs())
+        self._stopping = threading.Event()
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Sample and send."""
+        ticks = _Ticks()
+        try:
+            while not self._stopping.is_set():
+                at_ms = ticks.wait(self._stopping)
+                reading = {
+                    "entity": ENTITY,
+                    "timestamp": at_ms,
+                    "values": self._sampler.sample(),
+                }
+                self._producer.send(
+                    self._topic, value=msgspec.json.encode(reading), key=ENTITY.encode()
+                )
+        except Exception as error:  # handed to whoever watches, by `check`
+            self._failure = error
+
+    def check(self) -> None:
+        """Raise what ended the sampling, if anything did."""
+        if self._failure is not None:
+            raise StreamError(f"this machine could not be sampled: {self._failure!r}")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self.join(5)
+        self._producer.close(timeout=1)
+
+
+def channel_table(score: Record, units: dict[str, str]) -> Table:
+    """Draw every channel of one score: what was read, what was expected, and who is to blame."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("channel", no_wrap=True)
+    for name in ("observed", "expected", "90 % band", "share of the anomaly"):
+        table.add_column(name, justify="right", no_wrap=True)
+    found: dict[str, Record] = score["channels"]
+    for name in (name for name in units if name in found):
+        cell = found[name]
+        outside = cell["observed"] is not None and not (
+            cell["lower"] <= cell["observed"] <= cell["upper"]
+        )
+        table.add_row(
+            Text(name),
+            Text(_quantity(cell["observed"], units[name]), "yellow" if outside else ""),
+            Text(_quantity(cell["expected"], units[name])),
+            Text(f"{cell['lower']:.4g} to {cell['upper']:.4g}", "dim"),
+            Text(f"{100 * cell['contribution']:.0f} %"),
+        )
+    return table
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{value:.4g} {unit}".rstrip()
+
+
+def run_host(
+    train: Train,
+    *,
+    listen: str = "",
+    learn_ms: int = 300_000,
+    console: Console | None = None,
+    watch_seconds: float | None = None,
+) -> Record:
+    """Learn from this machine, then watch it until Ctrl-C; return what there was to tell.
+
+    Args:
+        train: training, as the console script hands it in.
+        listen: address of /metrics, another port is taken where it is not free; empty = off.
+        learn_ms: how long to learn before watching.
+        console: where everything is shown; None = standard output.
+        watch_seconds: end by itself after so long; None = never.
+
+    Raises:
+        TsdiffError: a package of the extra `demo` is missing, or the time to learn is too short.
+
+    """
+    if learn_ms < LEARN_LEAST_MS:
+        raise ConfigError(
+            f"expected at least {LEARN_LEAST_MS // 1000}s to learn from, got {learn_ms / 1000:g}s; "
+            "give a longer --learn"
+        )
+    console = console or Console()
+    screen = Screen(console)
+    configure_logging("error", "console")
+    enable_compilation_cache()
+    sampler = HostSampler()
+    board = Board(sampler.channels, _CLOCK)
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        broker = stack.enter_context(EmbeddedBroker())
+        history = learn(sampler, learn_ms // PERIOD_MS, screen, console)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tsdiff-host-")))
+        with screen.stage("training on it"):
+            _make_bundle(train, history, tuple(sampler.channels.values()), folder / "bundle")
+        with screen.stage("compiling the model"):
+            model = load_model(folder / "bundle", 1)
+        config = service_config(
+            broker,
+            folder / "bundle",
+            screen.usable_address(listen),
+            lateness_ms=0,
+            alerts={"false_alarms_per_entity_week": FALSE_ALARMS_PER_WEEK},
+            outputs={"channels": "all"},
+        )
+        broker.create_topics(config)
+        service = stack.enter_context(EmbeddedService(config, model))
+        feeder = stack.enter_context(HostFeeder(broker, config.input.topic, sampler))
+        reader = stack.enter_context(closing(OutputsReader(broker, config.outputs)))
+        screen.say("watching until Ctrl-C; a score of 1 is as rare as once an hour")
+        _watch(board, reader, service, feeder, screen, sampler.channels, watch_seconds)
+    screen.say(_farewell(board))
+    return {"scores": board.scores, "alerts": [episode.as_json() for episode in board.episodes]}
+
+
+def _make_bundle(train: Train, history: History, units: Sequence[str], path: Path) -> None:
+    settings: dict[str, Any] = {"name": "host", "units": tuple(units), "network": None}
+    # A third is held out: of five minutes that is what calibration can live on.
+    save_bundle(train(history, period_ms=PERIOD_MS, held_out=0.33, **settings), path)
+
+
+def _watch(
+    board: Board,
+    reader: OutputsReader,
+    service: EmbeddedService,
+    feeder: HostFeeder,
+    screen: Screen,
+    units: dict[str, str],
+    seconds: float | None,
+) -> None:
+    began = time.monotonic()
+
+    def line() -> str:
+        last = board.last.get(ENTITY)
+        now = "no score yet" if last is None else f"{last['state']}, {_score_text(last)}"
+        url = f"{service.url}/metrics" if service.url else "no metrics"
+        return f"{now} · {board.scores} scores, {len(board.episodes)} alerts · {url}"
+
+    def picture() -> RenderableType:
+        fleet = fleet_table(board.rows(), FleetHeader("tsdiff demo --host", (line(),)))
+        last = board.last.get(ENTITY)
+        return fleet if last is None else Group(channel_table(last, units), Text(), fleet)
+
+    with screen.live(picture, line) as refresh:
+        begun: list[Episode]
+        for begun in follow(board, reader, service, feeder.check):
+            for episode in begun:
+                screen.say(alert_line(episode, _CLOCK))
+            refresh()
+            if seconds is not None and time.monotonic() - began > seconds:
+                return
+
+
+def _score_text(score: Record) -> str:
+    value = score["anomaly_score"]
+    return "no score" if value is None else f"score {value:.2f}"
+
+
+def _farewell(board: Board) -> str:
+    if not board.scores:
+        return "stopped before the first score"
+    share = sum(episode.end_ms is None for episode in board.episodes)
+    still = f", {share} of them still on" if share else ""
+    return f"{board.scores} seconds scored, {len(board.episodes)} alerts{still}"
