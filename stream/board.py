@@ -9,17 +9,15 @@ from typing import Any, Final
 
 import msgspec
 from kafka import KafkaConsumer, TopicPartition
-from prometheus_client import CollectorRegistry
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from stream.codec import rfc3339
-from stream.config import OutputsSection, parse_listen
+from stream.config import OutputsSection
 from stream.demo_table import FleetRow
 from stream.embedded import EmbeddedBroker, EmbeddedService
 from stream.errors import StreamError
-from stream.http import Health, MetricsServer
 from stream.records import State
 
 # Channels that an alert blames: a person looks at the first few, not at all of them.
@@ -236,23 +234,6 @@ class Screen:
             yield refresh
             if self._console.is_terminal:
                 live.update(picture(), refresh=True)
-
-    def usable_address(self, listen: str) -> str:
-        """`listen`, or any free port of its host where that one is taken.
-
-        Raises:
-            ConfigError: it is not an address.
-
-        """
-        if not listen:
-            return ""
-        host, port = parse_listen(listen)
-        try:
-            MetricsServer(listen, CollectorRegistry(), Health()).close()
-        except StreamError:
-            self.say(f"port {port} of {host} is taken; /metrics takes a free one instead")
-            return f"[{host}]:0" if ":" in host else f"{host}:0"
-        return listen
 
 
 def follow(

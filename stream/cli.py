@@ -116,6 +116,7 @@ def backfill(
     from stream.compose import grid_of, load_model  # noqa: PLC0415
     from stream.config import load_config  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
+    from tsdiff.detector import HISTORY_SHAPES  # noqa: PLC0415
     from tsdiff.history import load_history  # noqa: PLC0415
 
     if output.exists() and data.exists() and output.samefile(data):
@@ -124,7 +125,7 @@ def backfill(
     overrides = {"model.path": str(model), "input.topic": "history", **_overrides(settings or [])}
     loaded = load_config(config, overrides)
     configure_logging("warning", loaded.log.format)
-    built = load_model(model)
+    built = load_model(model, HISTORY_SHAPES)
     history = load_history(
         data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
     )

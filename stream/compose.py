@@ -3,12 +3,12 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import jax
 import structlog
@@ -33,10 +33,6 @@ from tsdiff.errors import BundleError
 
 _log = structlog.get_logger("tsdiff.run")
 
-# Slots of an entity that are closed at a time when a backlog is worked off: the model's longest
-# span. The ring holds as many beside the window, so more would cost memory for every entity.
-SPAN: Final = max(span for _, span in SHAPES)
-
 
 @dataclass(frozen=True)
 class Model:
@@ -46,7 +42,7 @@ class Model:
     detector: Detector
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path, shapes: Sequence[tuple[int, int]] = SHAPES) -> Model:
     """Load a bundle and compile it (from the compilation cache where that is warm).
 
     Raises:
@@ -55,7 +51,7 @@ def load_model(path: Path) -> Model:
     """
     enable_compilation_cache()
     bundle = load_bundle(path)
-    return Model(bundle, Detector(bundle))
+    return Model(bundle, Detector(bundle, shapes=shapes))
 
 
 def enable_compilation_cache() -> None:
@@ -92,7 +88,9 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         stale_after_slots=config.grid.stale_after_slots,
         ttl_slots=config.grid.entity_ttl_slots,
         decision_slots=policy.memory_slots,
-        span=SPAN,
+        # The model's longest span: live a short one, since the ring holds as many slots beside the
+        # window of every entity.
+        span=model.detector.longest_span,
     )
 
 

@@ -252,7 +252,12 @@ class InputSection(_Section):
 
     def client_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for any kafka-python client: admin, producer or consumer."""
-        return {"bootstrap_servers": list(self.bootstrap_servers), **self.security.client_kwargs()}
+        return {
+            "bootstrap_servers": list(self.bootstrap_servers),
+            # A broker that is back is found within two seconds, not within kafka-python's thirty.
+            "reconnect_backoff_max_ms": 2_000,
+            **self.security.client_kwargs(),
+        }
 
     def consumer_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `kafka.KafkaConsumer`; the assignor is the loop's own choice.

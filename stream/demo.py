@@ -38,7 +38,7 @@ from stream.board import (
 )
 from stream.codec import rfc3339
 from stream.compose import Model, enable_compilation_cache
-from stream.config import ServiceConfig
+from stream.config import ServiceConfig, parse_listen
 from stream.demo_table import FaultRow, FleetHeader, fleet_table, summary_table
 from stream.embedded import DELIVERY_MODE, EmbeddedBroker, EmbeddedService, missing_extra
 from stream.errors import StreamError
@@ -343,9 +343,12 @@ def run_demo(
         started_at: what "first score after" counts from, in epoch seconds; None = now.
 
     Raises:
+        ConfigError: `listen` is not an address, or the fleet has no room for the faults.
         TsdiffError: a package of the extra `demo` is missing, or a part of the demo failed.
 
     """
+    if listen:
+        parse_listen(listen)  # before minutes are spent
     plan = plan or Plan()
     started_at = time.time() if started_at is None else started_at
     screen = Screen(console or Console())
@@ -366,7 +369,7 @@ def run_demo(
         config = service_config(
             broker,
             folder / "bundle",
-            screen.usable_address(listen),
+            listen,
             lateness_ms=plan.lateness_slots * plan.period_ms,
         )
         result = _watch(config, model, broker, fleet, plan, seed, screen, started_at)
@@ -462,7 +465,7 @@ def _watch(
     board = Board(dict(zip(fleet.channels, fleet.units, strict=True)))
     first_score: float | None = None
     with (
-        EmbeddedService(config, model) as service,
+        EmbeddedService(config, model, screen.say) as service,
         Feeder(broker, config.input.topic, live, plan, seed) as feeder,
         closing(OutputsReader(broker, config.outputs)) as reader,
     ):

@@ -13,7 +13,7 @@ in memory and speaks enough of the protocol for kafka-python, as long as that is
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -22,7 +22,7 @@ from kafka.errors import KafkaError
 from prometheus_client import CollectorRegistry
 
 from stream.compose import Model, Stop, run_service
-from stream.config import ServiceConfig
+from stream.config import ServiceConfig, parse_listen
 from stream.errors import StreamError
 from tsdiff.errors import TsdiffError
 
@@ -109,31 +109,47 @@ class EmbeddedBroker:
 
 
 class EmbeddedService:
-    """`tsdiff run`, as it is, in a thread of its own; it starts and stops with the `with`."""
+    """`tsdiff run`, as it is, in a thread of its own; it starts and stops with the `with`.
 
-    def __init__(self, config: ServiceConfig, model: Model) -> None:
+    Where the address of /metrics is taken, another port is, and `say` is told.
+    """
+
+    def __init__(self, config: ServiceConfig, model: Model, say: Callable[[str], None]) -> None:
         self.registry = CollectorRegistry()
         self.url = ""
         self._config = config
         self._model = model
+        self._say = say
+        self._listens = False
         self._stop = Stop()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="tsdiff-service", daemon=True)
 
     def _run(self) -> None:
         try:
-            run_service(
-                self._config,
-                self._model,
-                self._stop,
-                registry=self.registry,
-                client_options=CLIENT_OPTIONS,
-                on_listening=self._listening,
-            )
+            try:
+                self._serve(self._config)
+            except StreamError as error:
+                if self._listens:
+                    raise
+                self._say(f"{error}; a free port is taken instead")
+                self.registry = CollectorRegistry()
+                self._serve(_on_a_free_port(self._config))
         except BaseException as error:  # handed to whoever watches, by `check`
             self._failure = error
 
+    def _serve(self, config: ServiceConfig) -> None:
+        run_service(
+            config,
+            self._model,
+            self._stop,
+            registry=self.registry,
+            client_options=CLIENT_OPTIONS,
+            on_listening=self._listening,
+        )
+
     def _listening(self, url: str) -> None:
+        self._listens = True
         self.url = url
 
     def check(self) -> None:
@@ -157,3 +173,10 @@ class EmbeddedService:
     ) -> None:
         self._stop.request()
         self._thread.join(_STOP_SECONDS)
+
+
+def _on_a_free_port(config: ServiceConfig) -> ServiceConfig:
+    host, _ = parse_listen(config.metrics.listen)
+    listen = f"[{host}]:0" if ":" in host else f"{host}:0"
+    metrics = config.metrics.model_copy(update={"listen": listen})
+    return config.model_copy(update={"metrics": metrics})

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from stream.board import Board, Episode, OutputsReader, Record, Screen, alert_line, follow
 from stream.compose import enable_compilation_cache
+from stream.config import parse_listen
 from stream.demo import Train, load_model, service_config
 from stream.demo_table import FleetHeader, fleet_table
 from stream.embedded import EmbeddedBroker, EmbeddedService, missing_extra
@@ -281,7 +282,8 @@ def run_host(
         watch_seconds: end by itself after so long; None = never.
 
     Raises:
-        TsdiffError: a package of the extra `demo` is missing, or the time to learn is too short.
+        ConfigError: `listen` is not an address, or the time to learn is too short.
+        TsdiffError: a package of the extra `demo` is missing, or a part failed.
 
     """
     if learn_ms < LEARN_LEAST_MS:
@@ -289,6 +291,8 @@ def run_host(
             f"expected at least {LEARN_LEAST_MS // 1000}s to learn from, got {learn_ms / 1000:g}s; "
             "give a longer --learn"
         )
+    if listen:
+        parse_listen(listen)  # before minutes are spent
     console = console or Console()
     screen = Screen(console)
     configure_logging("error", "console")
@@ -306,13 +310,13 @@ def run_host(
         config = service_config(
             broker,
             folder / "bundle",
-            screen.usable_address(listen),
+            listen,
             lateness_ms=0,
             alerts={"false_alarms_per_entity_week": FALSE_ALARMS_PER_WEEK},
             outputs={"channels": "all"},
         )
         broker.create_topics(config)
-        service = stack.enter_context(EmbeddedService(config, model))
+        service = stack.enter_context(EmbeddedService(config, model, screen.say))
         feeder = stack.enter_context(HostFeeder(broker, config.input.topic, sampler))
         reader = stack.enter_context(closing(OutputsReader(broker, config.outputs)))
         screen.say("watching until Ctrl-C; a score of 1 is as rare as once an hour")

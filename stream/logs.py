@@ -2,8 +2,12 @@
 
 import logging
 import sys
+from typing import Final
 
 import structlog
+
+# Between two lines of kafka-python's: often enough to see that something is still wrong.
+REPEAT_SECONDS: Final = 10.0
 
 
 def configure_logging(level: str, form: str) -> None:
@@ -33,5 +37,30 @@ def configure_logging(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
-    # kafka-python tells every reconnection attempt; ours says what it means for the user.
-    logging.getLogger("kafka").setLevel(max(number, logging.ERROR))
+    kafka = logging.getLogger("kafka")
+    kafka.setLevel(logging.DEBUG if number == logging.DEBUG else logging.ERROR)
+    if number > logging.DEBUG:
+        handler.addFilter(_Sparse("kafka", REPEAT_SECONDS))
+
+
+class _Sparse(logging.Filter):
+    """Lets one line of a library through at a time, then none for a while.
+
+    A broker that is away makes kafka-python write several errors for every attempt to reconnect;
+    the first one says all that there is to know.
+    """
+
+    def __init__(self, library: str, seconds: float) -> None:
+        super().__init__()
+        self._library = library
+        self._seconds = seconds
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write the record."""
+        if record.name.partition(".")[0] != self._library:
+            return True
+        if record.created < self._next:
+            return False
+        self._next = record.created + self._seconds
+        return True

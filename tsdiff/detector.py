@@ -33,9 +33,11 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 # of a few, or 1 % here and there; any number.
 _MISSING: tuple[int | None, ...] = (0, 16, None)
 # (entities, slots) that are compiled. Live, few or many entities have one slot each; a backlog has
-# many slots of each. Both are 256 windows, which fill the vector units and still fit the cache; a
-# further size would save a small fleet milliseconds a round, and cost everybody seconds at start.
-SHAPES: Final = ((256, 1), (16, 16))
+# many slots of each. Both are 64 windows: 256 are no faster a window, and a small fleet would pay
+# for all of them; a further size would cost everybody seconds at start.
+SHAPES: Final = ((64, 1), (4, 16))
+HISTORY_SHAPES: Final = ((4, 64),)
+"""For history, where spans may be as long as one likes: a tenth to a third faster a window."""
 _Z90 = 1.645  # half-width of a 90 % band in standard deviations
 
 
@@ -151,6 +153,7 @@ class Detector:
         window: slots of raw history a slot needs, itself included (W).
         history: earlier slots whose stream values the long time scale needs (P - 1).
         streams: raw stream values per slot that are kept as history (S).
+        longest_span: slots of an entity that one call of the compiled function can score.
         compilations: how often the function has been traced.
 
     """
@@ -172,6 +175,7 @@ class Detector:
             span: tuple(sorted(batch for batch, of in shapes if of == span))
             for span in sorted({span for _, span in shapes})
         }
+        self.longest_span = max(self._batches)
         self._rows = {entity: row for row, entity in enumerate(bundle.entities)}
         try:
             self._statistics = Statistics(

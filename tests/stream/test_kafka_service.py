@@ -21,6 +21,7 @@ from stream.config import load_config
 from tests.conftest import MakeTopic
 from tests.stream.conftest import SmallBundle
 from tests.stream.workers import Deployment, Scores, deployment, wait_until
+from tsdiff.detector import HISTORY_SHAPES
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -32,7 +33,7 @@ def reference(small_bundle: SmallBundle, tmp_path_factory: pytest.TempPathFactor
     config = load_config(
         None, {"model.path": small_bundle.path, "input.topic": "t", "grid.lateness": "0s"}
     )
-    backfill(small_bundle.live, load_model(small_bundle.path), config, path)
+    backfill(small_bundle.live, load_model(small_bundle.path, HISTORY_SHAPES), config, path)
     return {
         (row["entity"], rfc3339(int(row["timestamp"].timestamp() * 1000))): row
         for row in pq.read_table(path).to_pylist()
@@ -183,7 +184,7 @@ def test_bad_messages_become_dead_letters_and_stop_nothing(
     bad = {
         b"{not json": "not_json",
         b"\xff\xfe": "not_json",
-        b"": "not_json",
+        b"": "empty",
         b"[1, 2]": "wrong_type",
         good(1, entity=5): "wrong_type",
         good(2, values={"cpu_usage": "high"}): "wrong_type",

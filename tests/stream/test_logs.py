@@ -1,0 +1,39 @@
+"""What is logged: ours in full, kafka-python's complaints now and then."""
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from stream.logs import configure_logging
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    root, kafka = logging.getLogger(), logging.getLogger("kafka")
+    before = root.handlers, root.level, kafka.level
+    yield
+    root.handlers, root.level, kafka.level = before
+    structlog.reset_defaults()
+
+
+def written(monkeypatch: pytest.MonkeyPatch, level: str) -> list[str]:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    configure_logging(level, "json")
+    for attempt in range(5):
+        logging.getLogger("kafka.conn").error("connection refused, attempt %d", attempt)
+        structlog.get_logger("tsdiff.test").warning("waiting", attempt=attempt)
+    return [json.loads(line)["event"] for line in out.getvalue().splitlines()]
+
+
+def test_a_library_that_repeats_itself_is_heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert written(monkeypatch, "info") == ["connection refused, attempt 0"] + ["waiting"] * 5
+
+
+def test_debug_hears_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(written(monkeypatch, "debug")) == 10
