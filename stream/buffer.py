@@ -555,7 +555,6 @@ class PartitionBuffer:
             still_open = np.arange(self._closed, self._closed + self.grid.ring - width)
             heard = still_open[~np.isnan(ring[still_open % self.grid.ring]).all(axis=1)]
             if len(heard):  # it is back already, as somebody new
-                self._gone.remove(name)
                 again = self._add(name, int(heard[0]))
                 self._ring[again, heard % self.grid.ring] = ring[heard % self.grid.ring]
 

@@ -104,7 +104,8 @@ def backfill(
 ) -> None:
     """Score history: Parquet in, Parquet scores out, through the same loop as live.
 
-    A slot is scored once a later reading shows that it is over; the newest one stays open.
+    A slot is scored, as live, once a reading beyond its end and grid.lateness shows that it is
+    over; the newest one or two stay open.
 
     Examples:
 

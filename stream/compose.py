@@ -29,7 +29,7 @@ from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
-from tsdiff.errors import BundleError
+from tsdiff.errors import BundleError, ConfigError
 
 _log = structlog.get_logger("tsdiff.run")
 
@@ -76,7 +76,7 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
             f"{model.bundle.version}, got {period_ms / 1000:g}s; train a bundle with that period"
         )
     policy = policy_of(config)
-    return Grid(
+    grid = Grid(
         period_ms=period_ms,
         channels=len(detector.channels),
         window=detector.window,
@@ -92,6 +92,13 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         # window of every entity.
         span=model.detector.longest_span,
     )
+    if grid.ttl_slots < grid.replay_slots:
+        # A forgotten entity that comes back must not find its earlier life in the replayed log.
+        raise ConfigError(
+            f"expected grid.entity_ttl_slots of at least {grid.replay_slots} for this model and "
+            f"these alerts, got {grid.ttl_slots}"
+        )
+    return grid
 
 
 def policy_of(config: ServiceConfig) -> AlertPolicy:

@@ -102,4 +102,4 @@ def _next_phase(
         case _:
             if enough:
                 return "firing"
-            return "pending" if hot else "ok"
+            return "pending" if is_hot or (state.phase == "pending" and hot) else "ok"

@@ -208,9 +208,8 @@ def _judge(
             entity, e = entities[i], evidence[i][t]
             score = None if math.isnan(e) else round(e / config.threshold, 6)
             before = entity.alert
-            counted = score
-            if score is not None and far is not None and not far[i][t]:
-                counted = min(score, config.policy.trigger)
+            # A slot whose channels are where they should be, as far as was asked, is calm.
+            counted = 0.0 if score is not None and far is not None and not far[i][t] else score
             after = step(
                 config.policy,
                 before,

@@ -12,7 +12,7 @@ from typing import Final
 
 import structlog
 
-from stream.buffer import Closing, Grid, PartitionBuffer
+from stream.buffer import Closing, EntitySnapshot, Grid, PartitionBuffer
 from stream.codec import CommitMetadata
 from stream.errors import RetryableError
 from stream.http import Health
@@ -59,6 +59,8 @@ class Service:
         self._heard_at: dict[PartitionId, float] = {}
         self._appended_at: dict[PartitionId, float] = {}
         self._gauges_at = 0.0
+        self._failures = 0
+        """Rounds that failed since the last one that was committed."""
 
     def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Work until the source ends or somebody asks to stop; what was begun is finished."""
@@ -97,6 +99,7 @@ class Service:
         if round_:
             with self._metrics.stage("commit"):
                 self._sink.commit(round_, polled.generation)
+            self._failures = 0
             self._told(round_, polled.batches)
         self._watch()
         return not polled.ended
@@ -126,9 +129,9 @@ class Service:
         buffer.restore(fitting)
         return buffer
 
-    def _fits(self, snapshot: object) -> bool:
+    def _fits(self, snapshot: EntitySnapshot) -> bool:
         depth = len(self._scorer.channels)
-        arrays = (getattr(snapshot, "sums", None), getattr(snapshot, "statistics", None))
+        arrays = (snapshot.sums, snapshot.statistics)
         return all(a is None or a.shape[1] == depth for a in arrays)
 
     def _forget(self, partition: PartitionId) -> None:
@@ -245,6 +248,10 @@ class Service:
         self._health.set_ready(str(error))
         for partition in list(self._buffers):
             self._forget(partition)
+        if self._failures:
+            # The broker takes us back but not our work; without a pause we would spin.
+            self._sleep(RETRY_SECONDS)
+        self._failures += 1
         while not stopping():
             self._health.beat()
             try:

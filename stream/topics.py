@@ -1,6 +1,6 @@
 """The topics of the service: checked, and where allowed created, before it starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import structlog
@@ -91,7 +91,12 @@ def prepare_topics(config: ServiceConfig, client_options: Mapping[str, Any] | No
         _ensure_outputs(admin, config, partitions)
         return _largest_dead_letter(admin, config)
     except KafkaError as error:
-        raise RetryableError(f"looking at the topics failed: {error!r}") from error
+        if error.retriable:
+            raise RetryableError(f"looking at the topics failed: {error!r}") from error
+        raise TopicError(
+            f"expected to find or create the topics of outputs, the broker refuses: {error!r}; "
+            "create them by hand, or change outputs or the service's rights"
+        ) from error
     finally:
         admin.close()
 
@@ -121,19 +126,11 @@ def _ensure_outputs(admin: KafkaAdminClient, config: ServiceConfig, partitions: 
             _log.info("topic created", topic=name, partitions=partitions)
         except TopicAlreadyExistsError:
             continue  # another worker was quicker
-    have = _await_topic(lambda: partition_count(admin, names.state))
-    if have < partitions:
+    admin.wait_for_topics(sorted(wanted))
+    if (partition_count(admin, names.state) or 0) < partitions:
         # State partition i belongs to input partition i.
         admin.create_partitions({names.state: partitions})
         _log.info("state topic grown to the input's partitions", partitions=partitions)
-
-
-def _await_topic(count: Callable[[], int | None], tries: int = 50) -> int:
-    for _ in range(tries):
-        found = count()
-        if found is not None:
-            return found
-    raise RetryableError("a topic that was just created is not visible yet")
 
 
 def _largest_dead_letter(admin: KafkaAdminClient, config: ServiceConfig) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stream.decide import AlertPolicy, AlertState, step
@@ -65,6 +65,7 @@ def states(
         ("HHHH..H", "pFFFFFF", "a silent slot is not calm"),
         ("H..c", "pppo", "silence takes up slots of the three"),
         ("H.H", "ppF", "without being one that is not hot"),
+        ("HHHHccHcc", "pFFFroppp", "after its end, one hot slot is pending"),
         ("....", "ooos", "silent for long: stale"),
         ("....c", "oooso", "stale ends with the first reading"),
         ("....H", "ooosp", "which may be hot"),
@@ -156,14 +157,17 @@ def test_enough_hot_slots_always_fire(slots: str, policy: AlertPolicy) -> None:
 
 
 @given(slots=RUNS, policy=POLICIES)
+@example("Hcc.", AlertPolicy(m=1, n=4, recovery_slots=1, minimum_slots=1))
 @settings(max_examples=200, deadline=None)
-def test_silence_only_makes_stale_or_forgets_what_is_pending(
+def test_only_a_hot_slot_raises_and_silence_only_makes_stale(
     slots: str, policy: AlertPolicy
 ) -> None:
     phases = run(slots, policy)
     for before, after, letter in zip("o" + phases, phases, slots, strict=False):
         if letter == ".":
             assert after in {before, "s"} or (before, after) == ("p", "o")
+        if after == "p" and before != "p":
+            assert letter == "H"
 
 
 @given(slots=RUNS, policy=POLICIES)
@@ -182,6 +186,11 @@ def test_an_alert_ends_with_enough_calm_slots_and_none_hot_between(
 
 
 @given(slots=RUNS, policy=POLICIES, stray=st.tuples(st.integers(0, 63), st.integers(0, 6)))
+@example(
+    "HHHHHHc..c",
+    AlertPolicy(m=1, n=1, recovery_slots=3, minimum_slots=1, stale_after_slots=3),
+    (0, 2),
+)
 @settings(max_examples=300, deadline=None)
 def test_the_memory_of_a_running_alert_is_rebuilt_from_so_many_slots(
     slots: str, policy: AlertPolicy, stray: tuple[int, int]

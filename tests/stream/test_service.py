@@ -220,9 +220,10 @@ def test_several_failures_in_a_row_are_sat_out() -> None:
     bench = Bench(MemorySource(batches(), sink.resume), sink)
     bench.service.run()
     assert sink.scores == undisturbed()[0].scores
-    # Three failed commits; four resets that failed, with a pause after each.
+    # Three failed commits, with a pause before the second and third are tried again; four resets
+    # that failed, with a pause after each.
     assert sink.resets == 3 + 4
-    assert bench.slept == [2.0] * 4
+    assert bench.slept == [2.0] * (2 + 4)
 
 
 def test_a_failure_that_cannot_be_retried_ends_the_service() -> None:
