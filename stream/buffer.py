@@ -361,21 +361,24 @@ class PartitionBuffer:
             return
         grid = self.grid
         timestamps = batch.timestamps_ms[start:stop]
-        keep = np.ones(len(timestamps), bool)
+        timely = np.ones(len(timestamps), bool)
         if self.priming:
             # Nothing accepted before the commit was newer than its watermark.
-            keep = timestamps <= self.prime_watermark_ms
-        accepted = np.where(keep, timestamps, NO_WATERMARK)
+            timely = timestamps <= self.prime_watermark_ms
+        accepted = np.where(timely, timestamps, NO_WATERMARK)
         watermarks = np.maximum.accumulate(np.maximum(accepted, self.watermark_ms))
         before = np.concatenate([[self.watermark_ms], watermarks[:-1]])
         slots = timestamps // grid.period_ms
         late = slots < (before - grid.lateness_ms) // grid.period_ms
-        keep &= ~late
+        timely &= ~late
+        # A reading without any value moves the watermark and says nothing else.
+        keep = timely & ~np.isnan(batch.values[start:stop]).all(axis=1)
         if self.priming:
             # Who is unknown now was gone at the commit, or never got past being late.
             keep &= np.array([e in self.names for e in batch.entities[start:stop]])
         else:
             self.placement.late += int(np.sum(late))
+            self.placement.placed += int(np.sum(timely))
         # A message may hold several readings: replaying it starts before its first one.
         offsets = batch.offsets[start:stop]
         before = before[np.searchsorted(offsets, offsets)]
@@ -393,8 +396,10 @@ class PartitionBuffer:
             limit = self._closed + grid.span + grid.lateness_slots
             end = index + int(np.searchsorted(newest[index:], limit, side="right"))
             if end > index:
+                on_time = np.flatnonzero(timely[index:end]) + index
+                self._note_offsets(slots[on_time], offsets[on_time], before[on_time])
                 chosen = np.flatnonzero(keep[index:end]) + index
-                self._place(batch, start, chosen, slots, before)
+                self._place(batch, start, chosen, slots[chosen])
                 self.watermark_ms = int(watermarks[end - 1])
                 yield from self._close(grid.closed_before(self.watermark_ms))
                 index = end
@@ -406,18 +411,19 @@ class PartitionBuffer:
         self._closed = max(slot, self._closed)
         self._slot_offsets = {s: p for s, p in self._slot_offsets.items() if s >= slot}
 
-    def _place(
-        self,
-        batch: ReadingBatch,
-        start: int,
-        chosen: Rows,
-        slots: NDArray[np.int64],
-        before: NDArray[np.int64],
+    def _note_offsets(
+        self, slots: NDArray[np.int64], offsets: NDArray[np.int64], before: NDArray[np.int64]
     ) -> None:
-        if not self.priming:
-            self.placement.placed += len(chosen)
-        # A reading without any value moves the watermark and says nothing else.
-        chosen = chosen[~np.isnan(batch.values[start + chosen]).all(axis=1)]
+        """Remember where each slot's first reading is, and the watermark `before` it.
+
+        Every reading that moves the watermark counts, even one that says nothing else: a replay
+        that began later than the watermark's way through the slots would not close them again.
+        """
+        for i in np.unique(slots, return_index=True)[1].tolist():
+            point = ReplayPoint(int(offsets[i]), int(before[i]))
+            self._slot_offsets.setdefault(int(slots[i]), point)
+
+    def _place(self, batch: ReadingBatch, start: int, chosen: Rows, at: NDArray[np.int64]) -> None:
         if not len(chosen):
             return
         names = self.names
@@ -425,8 +431,7 @@ class PartitionBuffer:
         for i, j in enumerate(chosen.tolist()):
             name = batch.entities[start + j]
             row = names.get(name)
-            rows[i] = self._add(name, int(slots[j])) if row is None else row
-        at = slots[chosen]
+            rows[i] = self._add(name, int(at[i])) if row is None else row
         # A newcomer's readings may arrive out of order while its first slots are open.
         earlier = at < self._first[rows]
         for row, slot in zip(rows[earlier].tolist(), at[earlier].tolist(), strict=True):
@@ -435,12 +440,6 @@ class PartitionBuffer:
                 self._first[row] -= shift
                 self._ready[row] -= shift
                 self._dirty.add(row)
-        for i in np.unique(at, return_index=True)[1].tolist():
-            slot = int(at[i])
-            if slot not in self._slot_offsets:
-                j = int(chosen[i])
-                point = ReplayPoint(int(batch.offsets[start + j]), int(before[j]))
-                self._slot_offsets[slot] = point
         positions = at % self.grid.ring
         values = batch.values[start + chosen]
         key = rows.astype(np.int64) * self.grid.ring + positions

@@ -53,7 +53,8 @@ def labels(path: Path, entity: str, period_ms: int) -> dict[str, bool]:
 
 def floor(train: NDArray[np.float32], test: NDArray[np.float32]) -> NDArray[np.float32]:
     z = np.abs((test - train.mean(0)) / np.maximum(train.std(0), 1e-9))
-    return np.minimum(z, 10).mean(1)
+    mean: NDArray[np.float32] = np.minimum(z, 10).mean(1)
+    return mean
 
 
 @pytest.fixture(scope="module", params=sorted(SETS))

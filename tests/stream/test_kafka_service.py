@@ -181,7 +181,7 @@ def test_bad_messages_become_dead_letters_and_stop_nothing(
         return json.dumps(message).encode()
 
     far_ahead = int(time.time() * 1000) + 7 * 24 * 3600 * 1000
-    bad = {
+    bad: dict[bytes | None, str] = {
         b"{not json": "not_json",
         b"\xff\xfe": "not_json",
         b"": "empty",

@@ -128,6 +128,18 @@ def test_crashes_do_not_change_the_scores(data: st.DataObject, log: list[Reading
     assert changes(crashing) == changes(undisturbed)
 
 
+def test_silence_is_counted_across_a_crash() -> None:
+    # Readings without a value still move the watermark, and with it the silence of their entity.
+    log: list[Reading] = [("a", 0, None, 0.0), *[("a", t, None, None) for t in (90, 100, 140)]]
+    log.append(("a", 640, None, None))
+    undisturbed, crashing = Committed(), Committed()
+    work(log, [len(log)], undisturbed, grid())
+    for crash in (2, 4, len(log)):
+        work(log, [crash], crashing, grid())
+    assert told(crashing) == told(undisturbed)
+    assert max(s.timestamp_ms for s in undisturbed.scores) == 300
+
+
 def long_log() -> Iterator[Reading]:
     """Long enough for snapshots to age, a newcomer to settle and an entity to be forgotten."""
     for slot in range(120):
