@@ -10,19 +10,15 @@ keeps no offsets that come with a transaction, so delivery is at-least-once (str
 """
 
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
-import msgspec
 import numpy as np
-from kafka import KafkaProducer
 from rich.console import Console, RenderableType
 
 from stream.board import (
@@ -40,8 +36,13 @@ from stream.codec import rfc3339
 from stream.compose import Model, enable_compilation_cache
 from stream.config import ServiceConfig, parse_listen
 from stream.demo_table import FaultRow, FleetHeader, fleet_table, summary_table
-from stream.embedded import DELIVERY_MODE, EmbeddedBroker, EmbeddedService, missing_extra
-from stream.errors import StreamError
+from stream.embedded import (
+    DELIVERY_MODE,
+    EmbeddedBroker,
+    EmbeddedService,
+    ReadingsThread,
+    missing_extra,
+)
 from stream.logs import configure_logging
 from stream.simulate import (
     FAULT_KINDS,
@@ -168,73 +169,38 @@ def out_of_order(arrivals: Arrivals) -> int:
     return late
 
 
-class Feeder(threading.Thread):
+class Feeder(ReadingsThread):
     """Delivers a fleet's readings in the order of their arrival, faster than they happened."""
 
     def __init__(
         self, broker: EmbeddedBroker, topic: str, fleet: Fleet, plan: Plan, seed: int
     ) -> None:
-        super().__init__(name="tsdiff-feeder", daemon=True)
+        super().__init__(broker, topic)
         self._arrivals = delivery_order(
             fleet, late_share=plan.late_share, max_late_slots=plan.max_late_slots, seed=seed
         )
         self._fleet = fleet
-        self._topic = topic
         self._speed = len(fleet.timestamps_ms) * fleet.period_ms / 1000 / plan.live_seconds
-        self._producer = KafkaProducer(**broker.client_kwargs(), acks="all", linger_ms=5)
-        self._stopping = threading.Event()
         self.total = len(self._arrivals.rows)
         self.late = out_of_order(self._arrivals)
         self.sent = 0
         self.done = False
-        self._failure: Exception | None = None
 
-    def run(self) -> None:
+    def feed(self) -> None:
         """Send until everything is sent."""
-        try:
-            self._send_all()
-            self.done = not self._stopping.is_set()
-        except Exception as error:  # handed to whoever watches, by `check`
-            self._failure = error
-
-    def check(self) -> None:
-        """Raise what ended the delivery too early, if anything did."""
-        if self._failure is not None:
-            raise StreamError(f"readings could not be delivered: {self._failure!r}")
-
-    def _send_all(self) -> None:
-        arrivals, encode = self._arrivals, msgspec.json.Encoder().encode
+        arrivals = self._arrivals
         began, first_ms = time.monotonic(), int(arrivals.arrival_ms[0])
         while self.sent < self.total and not self._stopping.is_set():
             reached_ms = first_ms + (time.monotonic() - began) * self._speed * 1000
             due = int(np.searchsorted(arrivals.arrival_ms, reached_ms, side="right"))
             for i in range(self.sent, due):
                 entity = self._fleet.entities[int(arrivals.rows[i])]
-                # NaN, a missing cell, is written as null.
                 values = dict(zip(self._fleet.channels, arrivals.values[i].tolist(), strict=True))
-                reading = {
-                    "entity": entity,
-                    "timestamp": int(arrivals.timestamps_ms[i]),
-                    "values": values,
-                }
-                self._producer.send(self._topic, value=encode(reading), key=entity.encode())
+                self.send(entity, int(arrivals.timestamps_ms[i]), values)
             self.sent = due
             self._stopping.wait(_TICK_SECONDS)
         self._producer.flush(timeout=30)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stopping.set()
-        self.join(10)
-        self._producer.close(timeout=1)
+        self.done = not self._stopping.is_set()
 
 
 @dataclass(frozen=True)

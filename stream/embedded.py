@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
 
+import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from prometheus_client import CollectorRegistry
@@ -106,6 +107,55 @@ class EmbeddedBroker:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ReadingsThread(threading.Thread):
+    """Writes readings to the embedded broker for as long as its `with` lasts.
+
+    A subclass says which, in `feed`; a failure of it is kept for `check`.
+    """
+
+    def __init__(self, broker: EmbeddedBroker, topic: str) -> None:
+        super().__init__(name="tsdiff-readings", daemon=True)
+        self._topic = topic
+        self._producer = KafkaProducer(**broker.client_kwargs(), acks="all", linger_ms=5)
+        self._stopping = threading.Event()
+        self._failure: Exception | None = None
+
+    def feed(self) -> None:
+        """Send readings until they are all sent, or until `_stopping` is set."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Feed, and keep what ended it too early."""
+        try:
+            self.feed()
+        except Exception as error:  # handed to whoever watches, by `check`
+            self._failure = error
+
+    def check(self) -> None:
+        """Raise what ended the readings too early, if anything did."""
+        if self._failure is not None:
+            raise StreamError(f"readings could not be delivered: {self._failure!r}")
+
+    def send(self, entity: str, timestamp_ms: int, values: Mapping[str, float]) -> None:
+        """Hand over one reading; NaN, a missing cell, is written as null."""
+        reading = {"entity": entity, "timestamp": timestamp_ms, "values": values}
+        self._producer.send(self._topic, value=msgspec.json.encode(reading), key=entity.encode())
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self.join(10)
+        self._producer.close(timeout=1)
 
 
 class EmbeddedService:

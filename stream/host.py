@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Final, Self
+from types import ModuleType
+from typing import Any, Final
 
-import msgspec
 import numpy as np
-from kafka import KafkaProducer
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,8 +26,7 @@ from stream.compose import enable_compilation_cache
 from stream.config import parse_listen
 from stream.demo import Train, load_model, service_config
 from stream.demo_table import FleetHeader, fleet_table
-from stream.embedded import EmbeddedBroker, EmbeddedService, missing_extra
-from stream.errors import StreamError
+from stream.embedded import EmbeddedBroker, EmbeddedService, ReadingsThread, missing_extra
 from stream.logs import configure_logging
 from tsdiff.bundle import save_bundle
 from tsdiff.errors import ConfigError
@@ -190,52 +187,19 @@ def learn(sampler: HostSampler, seconds: int, screen: Screen, console: Console) 
     return History(names, (entity,), ())
 
 
-class HostFeeder(threading.Thread):
+class HostFeeder(ReadingsThread):
     """Sends a sample a second until it is told to stop."""
 
     def __init__(self, broker: EmbeddedBroker, topic: str, sampler: HostSampler) -> None:
-        super().__init__(name="tsdiff-host", daemon=True)
-        self._topic = topic
+        super().__init__(broker, topic)
         self._sampler = sampler
-        self._producer = KafkaProducer(**broker.client_kwargs())
-        self._stopping = threading.Event()
-        self._failure: Exception | None = None
 
-    def run(self) -> None:
+    def feed(self) -> None:
         """Sample and send."""
         ticks = _Ticks()
-        try:
-            while not self._stopping.is_set():
-                at_ms = ticks.wait(self._stopping)
-                reading = {
-                    "entity": ENTITY,
-                    "timestamp": at_ms,
-                    "values": self._sampler.sample(),
-                }
-                self._producer.send(
-                    self._topic, value=msgspec.json.encode(reading), key=ENTITY.encode()
-                )
-        except Exception as error:  # handed to whoever watches, by `check`
-            self._failure = error
-
-    def check(self) -> None:
-        """Raise what ended the sampling, if anything did."""
-        if self._failure is not None:
-            raise StreamError(f"this machine could not be sampled: {self._failure!r}")
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stopping.set()
-        self.join(5)
-        self._producer.close(timeout=1)
+        while not self._stopping.is_set():
+            at_ms = ticks.wait(self._stopping)
+            self.send(ENTITY, at_ms, self._sampler.sample())
 
 
 def channel_table(score: Record, units: dict[str, str]) -> Table:
