@@ -33,7 +33,7 @@ from stream.board import (
     follow,
 )
 from stream.codec import rfc3339
-from stream.compose import Model, enable_compilation_cache
+from stream.compose import Model, enable_compilation_cache, load_model
 from stream.config import ServiceConfig, parse_listen
 from stream.demo_table import FaultRow, FleetHeader, fleet_table, summary_table
 from stream.embedded import (
@@ -54,8 +54,7 @@ from stream.simulate import (
     inject_faults,
     simulate_fleet,
 )
-from tsdiff.bundle import Bundle, load_bundle, save_bundle
-from tsdiff.detector import Detector
+from tsdiff.bundle import Bundle, save_bundle
 from tsdiff.history import History
 
 DAY_SLOTS: Final = 288
@@ -331,7 +330,7 @@ def run_demo(
             bundle = train(history, period_ms=plan.period_ms, **settings)
             save_bundle(bundle, folder / "bundle")
         with screen.stage(f"compiling {bundle.version}"):
-            model = load_model(folder / "bundle", entities)
+            model = compiled_model(folder / "bundle", entities)
         config = service_config(
             broker,
             folder / "bundle",
@@ -375,13 +374,12 @@ def _announce(fleet: Fleet, plan: Plan) -> str:
     )
 
 
-def load_model(path: Path, entities: int) -> Model:
+def compiled_model(path: Path, entities: int) -> Model:
     """Load a bundle for a known number of entities, and compile it for that size alone."""
-    bundle = load_bundle(path)
     batch = min(256, -(-entities // 8) * 8)
-    detector = Detector(bundle, shapes=((batch, _SPAN),))
-    detector.warm_up()
-    return Model(bundle, detector)
+    model = load_model(path, shapes=((batch, _SPAN),))
+    model.detector.warm_up()
+    return model
 
 
 def service_config(

@@ -24,7 +24,7 @@ from rich.text import Text
 from stream.board import Board, Episode, OutputsReader, Record, Screen, alert_line, follow
 from stream.compose import enable_compilation_cache
 from stream.config import parse_listen
-from stream.demo import Train, load_model, service_config
+from stream.demo import Train, compiled_model, service_config
 from stream.demo_table import FleetHeader, fleet_table
 from stream.embedded import EmbeddedBroker, EmbeddedService, ReadingsThread, missing_extra
 from stream.logs import configure_logging
@@ -270,7 +270,7 @@ def run_host(
         with screen.stage("training on it"):
             _make_bundle(train, history, tuple(sampler.channels.values()), folder / "bundle")
         with screen.stage("compiling the model"):
-            model = load_model(folder / "bundle", 1)
+            model = compiled_model(folder / "bundle", 1)
         config = service_config(
             broker,
             folder / "bundle",

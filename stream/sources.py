@@ -388,10 +388,6 @@ class KafkaSource:
                 lag[PartitionId(*partition)] = max(0, end - self._consumer.position(partition))
         return lag
 
-    def assigned(self) -> bool:
-        """Whether the group has given us our share yet (which may be none)."""
-        return bool(self._consumer.assignment())
-
     def close(self) -> None:
         """Leave the group at once, so that the others take over without waiting."""
         self._consumer.close(autocommit=False, timeout_ms=10_000)

@@ -111,7 +111,7 @@ def _ensure_outputs(admin: KafkaAdminClient, config: ServiceConfig, partitions: 
         # Small segments: compaction leaves the newest one alone, and all of it is read at start.
         names.state: {**compact, "segment.bytes": str(16 * 1024 * 1024)},
     }
-    missing = {name for name in wanted if partition_count(admin, name) is None}
+    missing = wanted.keys() - {found["name"] for found in admin.describe_topics()}
     if missing and not names.create_topics:
         raise TopicError(
             f"expected topics {', '.join(sorted(missing))}, which do not exist; create them with "
