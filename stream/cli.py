@@ -1,4 +1,4 @@
-"""The commands of `stream`: run, backfill, replay, demo. Thin: parse, build, call, print."""
+"""The commands of `stream`: run, backfill, replay, demo, bench. Thin: parse, build, call, print."""
 
 import json
 import logging
@@ -288,3 +288,42 @@ def demo(
     )
     if as_json:
         sys.stdout.write(json.dumps(summary) + "\n")
+
+
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", help="Bundle to measure; without it a tiny one is trained here."
+        ),
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Channels of the tiny bundle.")] = 38,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON, for machines.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="Time for measuring windows/s, in all.")] = 10.0,
+) -> None:
+    """Measure scoring on this machine: windows/s on one core, compilation, memory, cold start.
+
+    Rates are wall time, the median of several repetitions, pinned to one core where the system
+    allows it. What needs a broker (readings/s, latency) is not measured yet, and null in the JSON.
+
+    Examples:
+
+        tsdiff bench
+
+        tsdiff bench -m bundle --seconds 30
+
+        tsdiff bench --channels 12 --json
+    """
+    from stream.bench import as_text, run_bench  # noqa: PLC0415
+
+    found = run_bench(
+        context.obj.train,
+        model,
+        channels=channels,
+        seconds=seconds,
+        say=lambda text: _err.print(text, highlight=False, markup=False, soft_wrap=True),
+    )
+    typer.echo(json.dumps(found) if as_json else as_text(found))

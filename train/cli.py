@@ -1,5 +1,6 @@
 """The commands `tsdiff train` and `tsdiff inspect`."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.config import TrainConfig
+from train.picture import SUFFIXES, require_matplotlib, save_picture
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.durations import parse_duration_ms
+from tsdiff.errors import ConfigError
 from tsdiff.history import load_history
 
 if TYPE_CHECKING:
@@ -137,14 +140,90 @@ def _describe(state: "State") -> str:
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Parquet file or folder: history to look into.", show_default=False),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            help="The moment: RFC 3339, epoch ms, or a step index where timestamps are steps.",
+            show_default=False,
+        ),
+    ] = None,
+    entity: Annotated[
+        str | None, typer.Option(help="Which entity, where there are several.", show_default=False)
+    ] = None,
+    around: Annotated[
+        str | None,
+        typer.Option(help="Time drawn on each side, as 30m.  [default: what fits the anomaly]"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="PNG to draw.  [default: ENTITY-TIME.png]"),
+    ] = None,
+    channels: Annotated[int, typer.Option(min=1, help="Channels drawn, the guiltiest.")] = 4,
+    part: Annotated[
+        str, typer.Option(help="In folders ENTITY/{train,test}.parquet: which of them.")
+    ] = "test",
 ) -> None:
-    """Describe a model bundle in words.
+    """Describe a model bundle; with --data, say and draw what happened at a moment of history.
 
-    Example:
+    The picture (needs tsdiff[eval]) has a panel for each of the channels that deviate most,
+    with what was observed, what was expected and the 90 % band, and below them the anomaly
+    score. "Usual error" in the text is half the width of that band.
+
+    Examples:
 
       tsdiff inspect bundle
+
+      tsdiff inspect bundle --data history/ --entity web-17 --at 2026-11-23T12:04:00Z
+
+      tsdiff inspect bundle --data web-17.parquet --at 2092 --around 2h -o what.png
     """
-    typer.echo(describe(load_bundle(bundle)))
+    loaded = load_bundle(bundle)
+    if data is None:
+        given = {"--at": at, "--entity": entity, "--around": around, "--output": output}
+        needless = [name for name, value in given.items() if value is not None]
+        if needless:
+            raise ConfigError(f"expected --data with {needless[0]}; say which history to look into")
+        typer.echo(describe(loaded))
+        return
+    if at is None:
+        raise ConfigError("expected --at with --data; say which moment to look at")
+    if output is not None and output.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"expected --output to end in {', '.join(SUFFIXES)}, got {output}")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"expected --output in a folder that exists, got {output}")
+    require_matplotlib()
+    from train.inspection import (  # noqa: PLC0415  (JAX is slow to import; --help is not)
+        SHAPES,
+        choose_entity,
+        inspect_moment,
+        parse_moment,
+    )
+    from tsdiff.detector import Detector  # noqa: PLC0415
+
+    period_ms = loaded.period_ms
+    at_ms = parse_moment(at, period_ms)
+    around_ms = None if around is None else parse_duration_ms(around, name="--around")
+    history = load_history(data, period_ms=period_ms, channels=loaded.channels, part=part)
+    console = Console(stderr=True)
+    for warning in history.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    chosen = choose_entity(history, entity)
+    detector = Detector(loaded, shapes=SHAPES)
+    found = inspect_moment(detector, loaded, chosen, at_ms, around_ms=around_ms, channels=channels)
+    path = output or Path(_file_name(chosen.entity, at))
+    save_picture(found.picture, path)
+    typer.echo(found.text)
+    typer.echo(f"-> {path}")
+
+
+def _file_name(entity: str, at: str) -> str:
+    """Return `web-17-20261123T120400Z.png`, whatever is in an entity's name."""
+    moment = re.sub(r"[^0-9TZ]", "", at.strip().partition(".")[0])
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', entity)}-{moment}.png"
 
 
 def describe(bundle: Bundle) -> str:

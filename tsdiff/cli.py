@@ -49,7 +49,11 @@ COMMANDS: dict[str, Command] = {
     "run": Command("stream.cli", "run", "Score a Kafka topic live."),
     "backfill": Command("stream.cli", "backfill", "Score history into a Parquet file."),
     "replay": Command("stream.cli", "replay", "Send history to a Kafka topic."),
-    "inspect": Command("train.cli", "inspect", "Describe a model bundle in words.", "train"),
+    "evaluate": Command(
+        "train.evaluate_cli", "evaluate", "Compare detectors on labelled data.", "eval"
+    ),
+    "inspect": Command("train.cli", "inspect", "A bundle in words; history in a picture.", "train"),
+    "bench": Command("stream.cli", "bench", "Measure speed and memory on this machine.", "train"),
 }
 
 
