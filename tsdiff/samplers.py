@@ -245,7 +245,7 @@ def sample(
     `denoise`, `process`, `method` and `samples` are static under `jit`.
     """
     target = target & ~conditioned
-    given = jax.vmap(_given(denoise, x, conditioned, target), (0, None))
+    given = jax.vmap(conditional(denoise, x, conditioned, target), (0, None))
     key_start, key_steps = jax.random.split(key)
     y = levels[0] * jax.random.normal(key_start, (samples, *x.shape), x.dtype)
     before = jnp.concatenate([jnp.full(1, jnp.inf, levels.dtype), levels])[:-2]
@@ -261,8 +261,16 @@ def sample(
     return jnp.where(target, given(y, levels[-1]), x)
 
 
-def _given(denoise: DenoiseFn, x: Array, conditioned: Array, target: Array) -> Denoise:
-    """The denoiser of target cells at one noise level, with the conditioned ones clean."""
+def conditional(
+    denoise: DenoiseFn,
+    x: Float[Array, "B N"],
+    conditioned: Bool[Array, "B N"],
+    target: Bool[Array, "B N"],
+) -> Denoise:
+    """The denoiser of target cells at one noise level, with the conditioned ones clean.
+
+    `target` and `conditioned` have no cell in common; all other cells say nothing.
+    """
     clean = jnp.where(conditioned, x, 0.0)
 
     def denoise_targets(y: Float[Array, "B N"], sigma: Float[Array, ""]) -> Float[Array, "B N"]:
@@ -284,16 +292,38 @@ def log_likelihood(
 ) -> Float[Array, " B"]:
     """Return log p(targets | conditioned cells) in nats, by the probability-flow ODE.
 
+    The sum of `cell_log_likelihood`, where the rest is said, with `probes` Rademacher vectors.
+    """
+    vectors = jax.random.rademacher(key, (probes, *x.shape), x.dtype)
+    return cell_log_likelihood(denoise, x, conditioned, target, vectors, levels).sum(-1)
+
+
+def cell_log_likelihood(
+    denoise: DenoiseFn,
+    x: Float[Array, "B N"],
+    conditioned: Bool[Array, "B N"],
+    target: Bool[Array, "B N"],
+    probes: Float[Array, "P B N"],
+    levels: Float[Array, " n"],
+) -> Float[Array, "B N"]:
+    """Return each target cell's share of log p(targets | conditioned cells), 0 for other cells.
+
     Song et al. 2021, eq. 39 (the instantaneous change of variables), with the trace of D's
-    Jacobian estimated from `probes` Rademacher vectors (eq. 40; Hutchinson 1990): unbiased, and
-    exact where that Jacobian is diagonal. In u = log sigma the flow dy/du = y - D has divergence
-    n - tr dD/dy over n targets; one step of Runge-Kutta's fourth order between successive `levels`,
-    upwards. At `levels[0]` y counts as noise alone; the density is that of x + levels[-1] n.
-    Masks and `levels` are as in `sample`; a target must have been observed.
+    Jacobian estimated from `probes` (eq. 40; Hutchinson 1990): unbiased for random signs, and exact
+    where that Jacobian is diagonal, or with the rows of a Hadamard matrix. In u = log sigma the
+    flow dy/du = y - D has divergence n - tr dD/dy over n targets; one step of Runge-Kutta's fourth
+    order between successive `levels`, upwards. At `levels[0]` y counts as noise alone; the density
+    is that of x + levels[-1] n. Masks and `levels` are as in `sample`; a target must have been
+    observed.
+
+    The flow ends in noise that is independent from cell to cell, so the density there is a product
+    over cells, and the divergence is a sum over them. For Gaussian data the noise is what symmetric
+    whitening makes of x, which stays as close to the cells as whitening can (Kessy et al. 2018,
+    arXiv:1512.00809, section 3: ZCA).
     """
     target = target & ~conditioned
-    given = _given(denoise, x, conditioned, target)
-    probe = jnp.where(target, jax.random.rademacher(key, (probes, *x.shape), x.dtype), 0.0)
+    given = conditional(denoise, x, conditioned, target)
+    probe = jnp.where(target, probes, 0.0)
 
     def slope(y: Array, u: Array) -> tuple[Array, Array]:
         def flow(y: Array) -> Array:
@@ -302,7 +332,7 @@ def log_likelihood(
         velocity, pushed = jax.vmap(
             lambda direction: jax.jvp(flow, (y,), (direction,)), out_axes=(None, 0)
         )(probe)
-        return velocity, (probe * pushed).sum(-1).mean(0)
+        return velocity, (probe * pushed).mean(0)
 
     nodes, weights = jnp.array([0.0, 0.5, 0.5, 1.0]), jnp.array([1.0, 2.0, 2.0, 1.0]) / 6.0
 
@@ -319,10 +349,10 @@ def log_likelihood(
         _, (velocities, divergences) = jax.lax.scan(stage, jnp.zeros_like(y), nodes)
         # Sums of products, not products of matrices, which a GPU may round to 10 bits.
         y = y + h * (weights[:, None, None] * velocities).sum(0)
-        return (y, total + h * (weights[:, None] * divergences).sum(0)), None
+        return (y, total + h * (weights[:, None, None] * divergences).sum(0)), None
 
     u = jnp.log(levels)[::-1]
-    start = (jnp.where(target, x, 0.0), jnp.zeros(x.shape[0], x.dtype))
+    start = (jnp.where(target, x, 0.0), jnp.zeros_like(x))
     (y, divergence), _ = jax.lax.scan(advance, start, (u[:-1], u[1:]))
     cell = -0.5 * (y / levels[0]) ** 2 - u[-1] - 0.5 * math.log(2.0 * math.pi)
-    return jnp.where(target, cell, 0.0).sum(-1) + divergence
+    return jnp.where(target, cell + divergence, 0.0)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 from jax import Array
 
+from tests.tsdiff.gaussian import (
+    CONDITIONED,
+    EVERYTHING,
+    TARGET,
+    VARIANCE,
+    WINDOWS,
+    X,
+    denoise,
+    denoise_independent,
+    exact_log_likelihood,
+    key,
+    law,
+)
 from tsdiff import sde
-from tsdiff.anchor import Anchor, negative_log_likelihood, posterior
 from tsdiff.errors import ConfigError
 from tsdiff.samplers import (
     DDIM,
@@ -28,36 +40,8 @@ from tsdiff.samplers import (
 )
 from tsdiff.sde import EDM, VE, CosineVP, LinearVP, Process, SubVP
 
-CELLS, RANK = 8, 3
 SAMPLES = 4000
-# c conditioned, # target, . missing: neither
-WINDOWS = np.array([list("cc##c#.#"), list("########")])
-CONDITIONED, TARGET = WINDOWS == "c", WINDOWS == "#"
-
-rng = np.random.default_rng(0)
-MEAN, LOADINGS = rng.normal(size=CELLS), rng.normal(size=(CELLS, RANK))
-NOISE = rng.uniform(0.1, 0.6, CELLS)
-COVARIANCE = LOADINGS @ LOADINGS.T + np.diag(NOISE)
-X = np.where(WINDOWS == ".", np.nan, rng.normal(size=WINDOWS.shape)).astype(np.float32)
-
-ANCHOR = Anchor(*(jnp.asarray(part, jnp.float32) for part in (MEAN, LOADINGS, NOISE)))
-denoise = partial(posterior, ANCHOR)
 run = jax.jit(sample, static_argnames=("denoise", "process", "method", "samples"))
-
-# Cells that have nothing to do with one another, of mean 0.
-VARIANCE = np.array([0.1, 0.3, 1.0, 3.0])
-EVERYTHING = np.ones((1, len(VARIANCE)), bool)
-
-
-def denoise_independent(x: Array, noise_variance: Array) -> tuple[Array, Array]:
-    """Wiener's filter, cell by cell."""
-    kept = VARIANCE / (VARIANCE + noise_variance)
-    return kept * x, jnp.sqrt(noise_variance * kept)
-
-
-def key(seed: int = 0) -> Array:
-    """A cheap one: threefry takes long to compile inside of loops."""
-    return jax.random.key(seed, impl="rbg")
 
 
 def draw_independent(method: Method, process: Process, levels: Array, samples: int) -> np.ndarray:
@@ -83,15 +67,6 @@ def draw(method: Method, process: Process, levels: Array, samples: int = SAMPLES
 @cache
 def draw_many(method: Method, process: Process, steps: int) -> np.ndarray:
     return draw(method, process, sde.karras_levels(process, steps))
-
-
-def law(window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of a window's targets given its conditioned cells."""
-    c, t = CONDITIONED[window], TARGET[window]
-    gain = COVARIANCE[np.ix_(t, c)] @ np.linalg.inv(COVARIANCE[np.ix_(c, c)])
-    return MEAN[t] + gain @ (X[window] - MEAN)[c], (
-        COVARIANCE[np.ix_(t, t)] - gain @ COVARIANCE[np.ix_(c, t)]
-    )
 
 
 def name(value: object) -> str | None:
@@ -313,17 +288,6 @@ def test_one_trace_for_all_windows_and_masks() -> None:
 
 
 evaluate = jax.jit(log_likelihood, static_argnames=("denoise", "probes"))
-
-
-def exact_log_likelihood(sigma: float) -> np.ndarray:
-    """The density of targets + sigma n given conditioned cells: one closed form less another."""
-    given = np.where(CONDITIONED, 0.0, np.inf)
-    both = np.where(TARGET, sigma**2, given)
-    x = jnp.nan_to_num(jnp.asarray(X))
-    joint, marginal = (
-        negative_log_likelihood(ANCHOR, x, jnp.asarray(part, jnp.float32)) for part in (both, given)
-    )
-    return np.asarray(marginal - joint)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.5])
