@@ -1,0 +1,1 @@
+"""Fleets that a result can be reproduced on; no part of what is installed."""
