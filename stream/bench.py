@@ -513,7 +513,8 @@ def denoiser_of(bundle: Bundle) -> Any:  # noqa: ANN401 - a DenoiseFn, whose mod
     manifest, channels = bundle.manifest, len(bundle.channels)
     model = manifest.model
     anchor = Anchor(
-        *(jnp.asarray(bundle.arrays[f"anchor.{name}"], jnp.float32) for name in Anchor._fields)
+        # The last one is the pooled one.
+        *(jnp.asarray(bundle.arrays[f"anchor.{name}"][-1], jnp.float32) for name in Anchor._fields)
     )
     inside = model.anchor_window * channels
     network = params = None

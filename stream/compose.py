@@ -27,7 +27,7 @@ from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
 from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
-from tsdiff.calibration import evidence_threshold
+from tsdiff.calibration import SCORERS, evidence_threshold
 from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError, ConfigError
 
@@ -42,7 +42,9 @@ class Model:
     detector: Detector
 
 
-def load_model(path: Path, shapes: Sequence[tuple[int, int]] = SHAPES) -> Model:
+def load_model(
+    path: Path, shapes: Sequence[tuple[int, int]] = SHAPES, scorer: str = SCORERS[0]
+) -> Model:
     """Load a bundle and compile it (from the compilation cache where that is warm).
 
     Raises:
@@ -51,7 +53,7 @@ def load_model(path: Path, shapes: Sequence[tuple[int, int]] = SHAPES) -> Model:
     """
     enable_compilation_cache()
     bundle = load_bundle(path)
-    return Model(bundle, Detector(bundle, shapes=shapes))
+    return Model(bundle, Detector(bundle, shapes=shapes, scorer=scorer))
 
 
 def enable_compilation_cache() -> None:

@@ -96,9 +96,10 @@ class ModelSection(_Section):
 class DetectSection(_Section):
     """How windows are read."""
 
-    scorer: Literal["hybrid"] = Field(
+    scorer: Literal["hybrid", "reconstruction", "density"] = Field(
         default="hybrid",
-        description="The reading of the model: reconstruction and density together",
+        description="The reading of the model: what it cannot reconstruct or forecast, how seldom "
+        "normal data are like this, or both",
     )
     lag: int = Field(
         default=0,

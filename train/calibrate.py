@@ -36,8 +36,13 @@ class _HeldOut(NamedTuple):
     z: FloatArray
 
 
-def read_held_out(model: Model, dataset: Dataset, reader: Reader) -> list[_HeldOut]:
-    """Read every held-out slot of every entity, with the window before it as context."""
+def read_held_out(
+    model: Model, dataset: Dataset, reader: Reader, *, as_unknown: bool = False
+) -> list[_HeldOut]:
+    """Read every held-out slot of every entity, with the window before it as context.
+
+    `as_unknown`: by what an entity that training never saw is read with.
+    """
     config = reader.config
     result = []
     for row, (series, at) in enumerate(zip(dataset.series, dataset.split, strict=True)):
@@ -49,7 +54,8 @@ def read_held_out(model: Model, dataset: Dataset, reader: Reader) -> list[_HeldO
             part = series[start - config.window + 1 : start + _SPAN]
             piece[: len(part)] = part
             missing = 0 if np.isfinite(part).all() else None
-            found = _read(model, piece[None], jnp.asarray([row]), reader, missing=missing)
+            of = jnp.asarray([-1 if as_unknown else row])
+            found = _read(model, piece[None], of, reader, missing=missing)
             kept = len(part) - config.window + 1
             pieces.append([np.asarray(field[0, :kept]) for field in found])
         fields = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
@@ -62,15 +68,24 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     config = reader.config
     held_out = read_held_out(model, dataset, reader)
     skip = config.smoothing - 1
-    neutral = _rows([np.median(_covered(part), 0) for part in held_out], held_out)
-    values = []
-    for row, part in enumerate(held_out):
+    several = model.anchors.noisy.mean.shape[0] > 1
+    unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
+    neutral = _rows([np.median(_covered(part), 0) for part in held_out], unknown)
+
+    def scales(part: _HeldOut, row: int) -> FloatArray:
+        """Streams at both time scales, (N, C)."""
         own = neutral[row][None]
         streams = scorers.settle(part.readings.streams, part.readings.coverage, own)
-        history = np.full((1, skip, own.shape[-1]), np.nan, np.float32)
-        long = scorers.smooth(jnp.asarray(history), streams[None], jnp.asarray(own))[0]
-        values.append(np.concatenate([np.asarray(streams), np.asarray(long)], 1)[skip:])
-    pooled = np.concatenate(values)
+        history = jnp.full((1, skip, own.shape[-1]), jnp.nan)
+        long = scorers.smooth(history, streams[None], jnp.asarray(own), config.smoothing_half_life)[
+            0
+        ]
+        return np.concatenate([np.asarray(streams), np.asarray(long)], 1)[skip:]
+
+    values = [scales(part, row) for row, part in enumerate(held_out)]
+    pooled = np.concatenate(
+        [scales(part, -1 if several else row) for row, part in enumerate(unknown)]
+    )
     knots = np.stack(
         [[calibration.fit_knots(column) for column in sample.T] for sample in [*values, pooled]]
     )
@@ -90,18 +105,24 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
         np.float32,
     )
 
-    def combined(sample: FloatArray, row: int) -> FloatArray:
+    def combined(sample: FloatArray, row: int) -> list[FloatArray]:
+        """Of every scorer, (N,)."""
         evidence = calibration.stream_evidence(
             jnp.asarray(sample)[None], knots[row][None], slope[row][None]
         )
-        return np.asarray(calibration.combine(evidence, reader.network_weight)[0])
+        return [np.asarray(calibration.combine(evidence, name)[0]) for name in calibration.SCORERS]
 
     joint = [combined(sample, row) for row, sample in enumerate([*values, pooled])]
-    joint_knots = np.stack([calibration.fit_knots(sample) for sample in joint])
+    joint_knots = np.stack(
+        [[calibration.fit_knots(sample) for sample in samples] for samples in joint]
+    )
     joint_slope = np.array(
         [
-            calibration.fit_joint_slope(sample, last)
-            for sample, last in zip(joint, joint_knots[:, -1], strict=True)
+            [
+                calibration.fit_joint_slope(sample, last)
+                for sample, last in zip(samples, knots[:, -1], strict=True)
+            ]
+            for samples, knots in zip(joint, joint_knots, strict=True)
         ],
         np.float32,
     )
@@ -113,12 +134,12 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
         [
             np.asarray(
                 calibration.joint_evidence(
-                    jnp.asarray(sample)[None],
-                    tables.joint_knots[row : row + 1],
-                    tables.joint_slope[row : row + 1],
+                    jnp.asarray(samples[0])[None],
+                    tables.joint_knots[row : row + 1, 0],
+                    tables.joint_slope[row : row + 1, 0],
                 )
             )[0]
-            for row, sample in enumerate(joint[:-1])
+            for row, samples in enumerate(joint[:-1])
         ]
     )
     metrics = {

@@ -246,7 +246,7 @@ def describe(bundle: Bundle) -> str:
         "model": bundle.version,
         "period": f"{bundle.period_ms / 1000:g} s",
         "window": f"{model.window} slots, the anchor sees {model.anchor_window}",
-        "smoothing": f"{model.smoothing} slots",
+        "smoothing": f"half-life of {model.smoothing_half_life:g} slots",
         "channels": f"{len(bundle.channels)}: {_some(bundle.channels)}",
         "entities": f"{len(bundle.entities)}: {_some(bundle.entities)}",
         "detector": reading,

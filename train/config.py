@@ -20,7 +20,6 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     network: NetworkConfig | None = field(default_factory=NetworkConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    smoothing: int | None = None  # slots; None: the period of the training data
     held_out: float = 0.15
     min_held_out: int = 512  # slots: ten exceedances of the 98th percentile
     network_weight: float | None = None
@@ -32,6 +31,8 @@ class TrainConfig:
     evaluate_every: int = 100
     patience: int = 4  # evaluations without improvement
     max_minutes: float | None = None
+    most_anchors: int = 64
+    """Up to so many entities may have anchors of their own, where held-out data want it."""
     units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ Takes any object shaped like `tsdiff.history.History`, so that a demo can train 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from tsdiff.windows import sliding, to_grid
 # Windows the anchor's covariance is made of; more would cost time and change nothing.
 _MOST_WINDOWS = 40_000
 _CHUNK = 4096
-_SHORTEST_PERIOD, _LONGEST_PERIOD = 8, 60
 
 
 class EntitySeries(Protocol):
@@ -70,7 +69,6 @@ class Dataset:
     split: tuple[int, ...]
     statistics: Statistics
     fingerprint: str
-    smoothing: int
 
 
 def fewest_rows(model: ModelConfig) -> int:
@@ -121,9 +119,6 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         clip = config.model.clip
         beyond = np.sign(z) * (clip + np.log1p(np.maximum(size - clip, 0)))
         series.append(np.where(size > clip, beyond, z).astype(np.float32))
-    smoothing = config.smoothing or find_period(
-        [part[:at] for part, at in zip(series, split, strict=True)]
-    )
     return Dataset(
         channels=tuple(history.channels),
         entities=tuple(entity.entity for entity in history.entities),
@@ -131,40 +126,42 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         split=split,
         statistics=statistics,
         fingerprint=digest.hexdigest(),
-        smoothing=smoothing,
     )
 
 
-def find_period(series: Sequence[FloatArray]) -> int:
-    """The strongest peak of the channels' mean autocorrelation, 8 to 60 slots (60 without one)."""
-    longest = min(300, min(len(part) for part in series) // 3)
-    total = np.zeros(longest)
-    for part in series:
-        recent = np.nan_to_num(part[-20_000:])
-        recent = recent - recent.mean(0)
-        size = 1 << (2 * len(recent) - 1).bit_length()
-        spectrum = np.abs(np.fft.rfft(recent, size, axis=0)) ** 2
-        correlation = np.fft.irfft(spectrum, size, axis=0)[:longest]
-        total += (correlation / np.maximum(correlation[0], 1e-9)).mean(1)
-    total /= len(series)
-    inner = total[1:-1]
-    peaks = np.flatnonzero((inner > total[:-2]) & (inner > total[2:])) + 1
-    peaks = peaks[peaks >= 3]
-    if len(peaks) == 0:
-        return _LONGEST_PERIOD
-    period = int(peaks[np.argmax(total[peaks])])
-    return int(np.clip(period, _SHORTEST_PERIOD, _LONGEST_PERIOD))
+class Moments(NamedTuple):
+    """First and second moments of flattened windows: (N,), (N, N), and how many windows."""
+
+    mean: DoubleArray
+    products: DoubleArray
+    number: int
+
+    @property
+    def covariance(self) -> DoubleArray:
+        """About the mean, (N, N)."""
+        # Taken about zero first: in normalised units the mean is small and nothing cancels.
+        covariance = self.products - np.outer(self.mean, self.mean)
+        np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 0.0))
+        return covariance
+
+    def leaning_on(self, pooled: "Moments", windows: float) -> "Moments":
+        """Own moments as if `windows` windows of the pooled ones had been seen besides."""
+        weight = self.number / (self.number + windows)
+        return Moments(
+            weight * self.mean + (1.0 - weight) * pooled.mean,
+            weight * self.products + (1.0 - weight) * pooled.products,
+            self.number,
+        )
 
 
-def window_moments(dataset: Dataset, length: int) -> tuple[DoubleArray, DoubleArray, int]:
-    """Mean (N,) and covariance (N, N) of flattened windows of the fitting parts, and their number.
+def window_moments(parts: Sequence[FloatArray], length: int) -> Moments:
+    """Moments of the windows of `length` slots of all `parts` (N_e, D) together.
 
-    Missing cells are left out pair by pair. Windows of all entities count alike.
+    Missing cells are left out pair by pair. Windows of all parts count alike.
     """
-    parts = [series[:at] for series, at in zip(dataset.series, dataset.split, strict=True)]
     available = sum(len(part) - length + 1 for part in parts)
     stride = -(-available // _MOST_WINDOWS)
-    cells = length * len(dataset.channels)
+    cells = length * parts[0].shape[1]
     total, count = np.zeros(cells), np.zeros(cells)
     products, pairs = np.zeros((cells, cells)), np.zeros((cells, cells))
     number = 0
@@ -180,9 +177,7 @@ def window_moments(dataset: Dataset, length: int) -> tuple[DoubleArray, DoubleAr
             products += filled.T @ filled
             pairs += len(window) if observed.all() else observed.T @ observed
     mean = total / np.maximum(count, 1)
-    # Sums were taken about zero: in normalised units the mean is small and nothing cancels.
-    covariance = products / np.maximum(pairs, 1) - np.outer(mean, mean)
     # A pair hardly ever seen together says nothing about how the two go together.
-    covariance = np.where(pairs >= 0.01 * number, covariance, 0.0)
-    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 0.0))
-    return mean, covariance, number
+    seldom = pairs < 0.01 * number
+    products = np.where(seldom, np.outer(mean, mean), products / np.maximum(pairs, 1))
+    return Moments(mean, products, number)

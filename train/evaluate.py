@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +27,15 @@ from train.metrics import (
     roc_auc,
     volumes,
 )
-from tsdiff.calibration import evidence_threshold
+from tsdiff.bundle import Bundle
+from tsdiff.calibration import SCORERS, evidence_threshold
 from tsdiff.config import NetworkConfig
 from tsdiff.detector import HISTORY_SHAPES, Detector
 from tsdiff.errors import ConfigError
 from tsdiff.history import History
 from tsdiff.types import FloatArray
 
-OURS = ("tsdiff",)
+OURS = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
 """Our scorers: the default one, then `tsdiff-<scorer>`."""
 DETECTORS = (*OURS, *BASELINES)
 CLEAN = "clean"
@@ -110,24 +111,34 @@ def score_series(
     return Scored(evidence, evidence, found.contribution[0, warm:])
 
 
-def _fit_ours(labelled: LabelledSet, settings: Settings, seed: int) -> Find:
-    """Train one bundle for all entities, or one for each."""
+@lru_cache(maxsize=4)
+def _bundles(labelled: LabelledSet, settings: Settings, seed: int) -> Mapping[str, Bundle]:
+    """Train one bundle for all entities, or one for each; all scorers read the same."""
     config = TrainConfig(seed=seed, network=NetworkConfig() if settings.network else None)
 
-    def fit(entities: Sequence[Entity]) -> Detector:
+    def fit(entities: Sequence[Entity]) -> Bundle:
         history = History(labelled.channels, tuple(each.history for each in entities), ())
-        bundle = train(history, config, period_ms=labelled.period_ms)
-        return Detector(bundle, shapes=HISTORY_SHAPES)
+        return train(history, config, period_ms=labelled.period_ms)
 
     groups = [labelled.entities] if settings.shared else [(each,) for each in _judged(labelled)]
-    of_entity: dict[str, Detector] = {}
+    of_entity: dict[str, Bundle] = {}
     for group in groups:
         of_entity.update(dict.fromkeys((entity.name for entity in group), fit(group)))
+    return of_entity
+
+
+def _fit_ours(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Find:
+    bundles = _bundles(labelled, settings, seed)
+    detectors = {
+        version: Detector(bundle, shapes=HISTORY_SHAPES, scorer=OURS[name])
+        for version, bundle in {each.version: each for each in bundles.values()}.items()
+    }
 
     def find(entity: Entity, values: FloatArray) -> Scored:
         past = entity.past if entity.test is not None and entity.test.goes_on else None
         # The names in a bundle are those of the history it was trained on.
-        return score_series(of_entity[entity.name], entity.history.entity, past, values)
+        detector = detectors[bundles[entity.name].version]
+        return score_series(detector, entity.history.entity, past, values)
 
     return find
 
@@ -144,8 +155,8 @@ def _fit_baseline(name: str, labelled: LabelledSet, settings: Settings, seed: in
 
 
 def _fit(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Find:
-    fit = _fit_ours if name in OURS else partial(_fit_baseline, name)
-    return fit(labelled, settings, seed)
+    fit = _fit_ours if name in OURS else _fit_baseline
+    return fit(name, labelled, settings, seed)
 
 
 def _judged(labelled: LabelledSet) -> list[Entity]:

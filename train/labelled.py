@@ -53,7 +53,7 @@ class Entity:
     test: Trial | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelledSet:
     """Entities with the same channels and period."""
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from tsdiff.linalg import invert
 from tsdiff.types import DoubleArray
@@ -25,11 +25,19 @@ _JITTER = 1e-6
 
 
 class Anchor(NamedTuple):
-    """Parameters: mean (N,), loadings (N, K), noise variance (N,)."""
+    """Parameters: mean (N,), loadings (N, K), noise variance (N,); or A of them, stacked."""
 
-    mean: Float[Array, " N"]
-    loadings: Float[Array, "N K"]
-    noise: Float[Array, " N"]
+    mean: Float[Array, "*A N"]
+    loadings: Float[Array, "*A N K"]
+    noise: Float[Array, "*A N"]
+
+
+def anchor_index(rows: Int[Array, " B"], anchors: int) -> Int[Array, " B"]:
+    """Which of `anchors` stacked anchors an entity's row (-1: never seen) has.
+
+    There is one for each row and, last, the pooled one; or the pooled one alone.
+    """
+    return jnp.where((rows < 0) | (rows >= anchors), anchors - 1, rows)
 
 
 def fit_anchor(
@@ -78,21 +86,20 @@ def posterior(
 
     `noise_variance` is sigma^2 per cell: 0 for a conditioned cell (returned as it is, sd 0), inf
     for a cell that says nothing (missing, or a target at sigma to infinity; `x` is ignored).
+    `anchor` is one for all windows, or B stacked ones, one for each.
     """
     mean, loadings, noise = anchor
-    rank = loadings.shape[1]
+    rank = loadings.shape[-1]
     known = jnp.isfinite(noise_variance)
     weight = jnp.where(known, 1.0 / (noise + jnp.where(known, noise_variance, 0.0)), 0.0)
     y = jnp.where(known, x - mean, 0.0)
-    outer = _outer(loadings)
-    precision = _unpack(weight @ outer, rank) + (1.0 + _JITTER) * jnp.eye(rank)
+    weighted = jnp.swapaxes(weight[..., None] * loadings, -1, -2)
+    precision = weighted @ loadings + (1.0 + _JITTER) * jnp.eye(rank)
     inverse = _batch_inverse(precision)
-    latent = jnp.einsum("bkl,bl->bk", inverse, (weight * y) @ loadings)
-    row, column = np.tril_indices(rank)
-    doubled = inverse[:, row, column] * jnp.where(row == column, 1.0, 2.0)
-    spread = jnp.maximum(doubled @ outer.T, 0.0)
+    latent = inverse @ (weighted @ y[..., None])
+    spread = jnp.maximum((loadings @ inverse * loadings).sum(-1), 0.0)
     kept = noise * weight  # of the cell's own residual: 1 for a clean cell, 0 for an unknown one
-    from_latent = latent @ loadings.T
+    from_latent = (loadings @ latent)[..., 0]
     m = mean + from_latent + kept * (y - from_latent)
     variance = noise * (1.0 - kept) + (1.0 - kept) ** 2 * spread
     return m, jnp.sqrt(jnp.maximum(variance, 0.0))
@@ -110,7 +117,6 @@ class Whitened(NamedTuple):
     mean: Float[Array, " N"]
     scale: Float[Array, " N"]
     loadings: Float[Array, "N K"]
-    outer: Float[Array, "N H"]
 
 
 def whiten(mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float) -> Whitened:
@@ -127,12 +133,10 @@ def whiten_with_basis(
     root = np.linalg.cholesky(np.eye(loadings.shape[1]) + scaled.T @ scaled)
     basis = np.linalg.inv(root).T
     whitened = scaled @ basis
-    row, column = np.tril_indices(loadings.shape[1])
     return Whitened(
         mean=jnp.asarray(mean, jnp.float32),
         scale=jnp.asarray(np.sqrt(v), jnp.float32),
         loadings=jnp.asarray(whitened, jnp.float32),
-        outer=jnp.asarray(whitened[:, row] * whitened[:, column], jnp.float32),
     ), basis
 
 
@@ -169,7 +173,7 @@ def solve(
     if missing == 0:
         return Solved(residual, projection, projection, None, None)
     if missing is None:
-        lost = _unpack((~observed).astype(jnp.float32) @ whitened.outer, rank)
+        lost = _unpack((~observed).astype(jnp.float32) @ _outer(whitened.loadings), rank)
         eye = jnp.eye(rank)
         correction = _batch_inverse((1.0 + _JITTER) * eye - lost) - eye
         latent = _refined(

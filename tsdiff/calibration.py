@@ -17,6 +17,8 @@ from jaxtyping import Float
 
 from tsdiff.types import FloatArray
 
+SCORERS = ("hybrid", "reconstruction", "density")
+"""Readings of the model that a bundle is calibrated for; the first is the default."""
 KNOTS = 33
 TAIL = 0.02  # probability beyond the last knot: with a day of minutes, 30 exceedances to fit
 _TAIL_EVIDENCE = -math.log10(TAIL)
@@ -49,7 +51,8 @@ class Calibration(NamedTuple):
 
     `neutral` (R+1, S) median of each stream; `knots` (R+1, C, Q) values at evenly spaced evidence
     from 0 to that of the 98th percentile; `slope` (R+1, C) evidence per log of the stream beyond;
-    `joint_knots` (R+1, Q) and `joint_slope` (R+1,) the same for the combination.
+    `joint_knots` (R+1, J, Q) and `joint_slope` (R+1, J) the same for the combination of each of
+    the J `SCORERS`.
     """
 
     neutral: Array
@@ -113,17 +116,22 @@ def stream_evidence(
     return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)
 
 
-def combine(evidence: Float[Array, "E T C"], network_weight: float) -> Float[Array, "E T"]:
-    """Combine the streams: the anchor's largest, plus the network's largest, weighted.
+def combine(evidence: Float[Array, "E T C"], scorer: str) -> Float[Array, "E T"]:
+    """Combine the streams (reconstruction, density, forecast; each at two scales) of a scorer.
 
-    The network's reading is added, since it sees what the anchor does not (context, shape); a
-    maximum over all of them would only pay for more chances of a false alarm.
+    `reconstruction` adds what is off with the cells seen and with them hidden; `hybrid` also asks
+    how dense normal data are here. The forecast's evidence is added, since it did not see the cells
+    it judges: a maximum over all three would only pay for more chances of a false alarm.
     """
     streams = evidence.shape[-1] // 2
-    anchor = jnp.concatenate([evidence[..., :2], evidence[..., streams : streams + 2]], -1).max(-1)
-    if streams == 2:
-        return anchor
-    return anchor + network_weight * jnp.maximum(evidence[..., 2], evidence[..., -1])
+    reconstruction, density, forecast = (
+        jnp.maximum(evidence[..., stream], evidence[..., streams + stream]) for stream in range(3)
+    )
+    if scorer == "reconstruction":
+        return reconstruction + forecast
+    if scorer == "density":
+        return density
+    return jnp.maximum(reconstruction, density) + forecast
 
 
 def joint_evidence(

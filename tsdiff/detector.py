@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tsdiff import calibration, scorers
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import Calibration
-from tsdiff.errors import BundleError
+from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
 from tsdiff.types import DoubleArray, FloatArray, IntArray
@@ -60,7 +60,10 @@ class Detection(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Arrays of the bundle beside the model: calibration and band scale (R+1, D)."""
+    """Arrays of the bundle beside the model: calibration and band scale (R+1, D).
+
+    The calibration's joint tables are those of the chosen scorer: (R+1, Q) and (R+1,).
+    """
 
     calibration: Calibration
     band_scale: Array
@@ -96,6 +99,7 @@ def detect_spans(
     history: Float[Array, "E H S"],
     *,
     reader: Reader,
+    scorer: str,
     missing: int | None,
 ) -> Traced:
     """Score the last T = M - W + 1 slots of every entity: the function that is compiled."""
@@ -106,11 +110,11 @@ def detect_spans(
     neutral = fitted.neutral[rows]
     streams = scorers.settle(read.streams, read.coverage, neutral[:, None, :])
     streams = jnp.where(jnp.isfinite(streams), streams, neutral[:, None, :])
-    long = scorers.smooth(history, streams, neutral)
+    long = scorers.smooth(history, streams, neutral, config.smoothing_half_life)
     evidence = calibration.stream_evidence(
         jnp.concatenate([streams, long], -1), fitted.knots[rows], fitted.slope[rows]
     )
-    combined = calibration.combine(evidence, reader.network_weight)
+    combined = calibration.combine(evidence, scorer)
     joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
     z = z[:, config.window - 1 :]
     observed = jnp.isfinite(z)
@@ -150,6 +154,7 @@ class Detector:
 
     Attributes:
         bundle: what it was built from.
+        scorer: how the readings are combined, one of `calibration.SCORERS`.
         window: slots of raw history a slot needs, itself included (W).
         history: earlier slots whose stream values the long time scale needs (P - 1).
         streams: raw stream values per slot that are kept as history (S).
@@ -163,8 +168,14 @@ class Detector:
         bundle: Bundle,
         *,
         shapes: Sequence[tuple[int, int]] = SHAPES,
+        scorer: str = calibration.SCORERS[0],
     ) -> None:
+        if scorer not in calibration.SCORERS:
+            raise ConfigError(
+                f"expected a scorer of {', '.join(calibration.SCORERS)}, got {scorer!r}"
+            )
         self.bundle = bundle
+        self.scorer = scorer
         self.channels = bundle.channels
         self.period_ms = bundle.period_ms
         self._config = bundle.manifest.model
@@ -181,12 +192,17 @@ class Detector:
             self._statistics = Statistics(
                 *(_float(bundle, f"statistics.{name}") for name in Statistics.__annotations__)
             )
+            fitted = Calibration(
+                *(
+                    jnp.asarray(_float(bundle, f"calibration.{name}"))
+                    for name in Calibration._fields
+                )
+            )
+            of_scorer = calibration.SCORERS.index(scorer)
             self._tables = Tables(
-                Calibration(
-                    *(
-                        jnp.asarray(_float(bundle, f"calibration.{name}"))
-                        for name in Calibration._fields
-                    )
+                fitted._replace(
+                    joint_knots=fitted.joint_knots[:, of_scorer],
+                    joint_slope=fitted.joint_slope[:, of_scorer],
                 ),
                 jnp.asarray(_float(bundle, "band_scale")),
             )
@@ -220,6 +236,7 @@ class Detector:
             rows,
             history,
             reader=self._reader,
+            scorer=self.scorer,
             missing=missing,
         )
 

@@ -13,9 +13,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from tsdiff import masks
-from tsdiff.anchor import Anchor, posterior
+from tsdiff.anchor import Anchor, anchor_index, posterior
 from tsdiff.config import DiffusionConfig, ModelConfig
 from tsdiff.denoiser import Network, Params
+from tsdiff.precondition import widening
 
 # How often each mask is drawn. Forecasting is what is read in serving, half of the time with some
 # channels shown, so that the network learns how channels go together as well.
@@ -48,7 +49,7 @@ class Problem(NamedTuple):
 
 
 def draw_masks(key: PRNGKeyArray, batch: int, channels: int, config: ModelConfig) -> Array:
-    """Hidden cells of the anchor's part of each window, (B, A, D), and where the mask is "none"."""
+    """Draw the hidden cells of the anchor's part of each window, (B, A, D)."""
     length, hidden = config.anchor_window, config.hidden
     key_kind, key_phase, key_rest = jax.random.split(key, 3)
     shares = jnp.asarray(list(_SHARES.values()))
@@ -85,7 +86,7 @@ def pose(
     model: ModelConfig,
     diffusion: DiffusionConfig,
 ) -> Problem:
-    """Draw masks and noise for windows (normalised, NaN missing)."""
+    """Draw masks and noise for windows (normalised, NaN missing); `anchor` holds A stacked ones."""
     key_mask, key_sigma, key_infinite, key_noise, key_entity = jax.random.split(key, 5)
     batch, _, channels = window.shape
     hidden = draw_masks(key_mask, batch, channels, model)
@@ -135,10 +136,11 @@ def _pose(
     variance = jnp.where(seen, variance, jnp.inf)
     given = jnp.where(target, noisy, x[:, -inside:])
     flat = (batch, inside * channels)
+    anchor = Anchor(*(part[anchor_index(rows, anchor.mean.shape[0])] for part in anchor))
     m, s = posterior(anchor, given.reshape(flat), variance.reshape(flat))
     m, s = m.reshape(hidden.shape), s.reshape(hidden.shape)
-    spread = jnp.sqrt(anchor.noise.reshape(inside, channels) + level**2)
-    centred = (noisy - anchor.mean.reshape(inside, channels)) / spread
+    spread = jnp.sqrt(anchor.noise.reshape(hidden.shape) + level**2)
+    centred = (noisy - anchor.mean.reshape(hidden.shape)) / spread
     shown = target & jnp.isfinite(sigma)[:, None, None]
     before = ((0, 0), (length - inside, 0), (0, 0))
     conditioned = observed & ~jnp.pad(hidden, before)
@@ -159,7 +161,7 @@ def negative_log_likelihood(
     target = problem.target[:, -last:]
     s = jnp.maximum(problem.s[:, -last:], 1e-4)
     y = (problem.x[:, -last:] - problem.m[:, -last:]) / s
-    spread = weight * log_variance
+    spread = weight * widening(log_variance)
     cell = 0.5 * ((y - weight * residual) ** 2 * jnp.exp(-spread) + spread)
     return jnp.where(target, cell, 0.0).sum() / jnp.maximum(target.sum(), 1)
 

@@ -15,7 +15,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from tsdiff.anchor import Whitened, latent_variance, solve, whiten, whiten_with_basis
+from tsdiff.anchor import (
+    Whitened,
+    anchor_index,
+    latent_variance,
+    solve,
+    whiten,
+    whiten_with_basis,
+)
 from tsdiff.bundle import Bundle
 from tsdiff.config import ModelConfig
 from tsdiff.precondition import denoised
@@ -48,53 +55,62 @@ class NetworkFn(Protocol):
 
 
 class Forecaster(NamedTuple):
-    """The network's parameters, and the anchor of the slots that stay visible to it.
+    """The anchor of the slots that stay visible when the last ones are hidden.
 
     `head` is the anchor of all but the last `hidden` slots, `ahead` (C, K) the loadings of the
     hidden cells in its basis, `mean`, `noise` (C,) theirs.
     """
 
-    params: Mapping[str, Array]
     head: Whitened
     ahead: Float[Array, "C K"]
     mean: Float[Array, " C"]
     noise: Float[Array, " C"]
 
 
-class Model(NamedTuple):
-    """The anchor whitened at the reading's noise level and at none; the network, if any."""
+class Whitenings(NamedTuple):
+    """An anchor as it is read: at the reading's noise level, at none, and looking ahead."""
 
     noisy: Whitened
     clean: Whitened
-    forecaster: Forecaster | None
+    forecaster: Forecaster
 
 
-def anchor_model(
+class Model(NamedTuple):
+    """A anchors (every field with a leading axis), and the network's parameters, if any."""
+
+    anchors: Whitenings
+    params: Mapping[str, Array] | None
+
+
+def _whitenings(
+    mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, config: ModelConfig
+) -> Whitenings:
+    visible = len(mean) * (config.anchor_window - config.hidden) // config.anchor_window
+    head, basis = whiten_with_basis(mean[:visible], loadings[:visible], noise[:visible], sigma=0.0)
+    return Whitenings(
+        noisy=whiten(mean, loadings, noise, config.sigma),
+        clean=whiten(mean, loadings, noise, 0.0),
+        forecaster=Forecaster(
+            head,
+            jnp.asarray(loadings[visible:] @ basis, jnp.float32),
+            jnp.asarray(mean[visible:], jnp.float32),
+            jnp.asarray(noise[visible:], jnp.float32),
+        ),
+    )
+
+
+def make_model(
     mean: DoubleArray,
     loadings: DoubleArray,
     noise: DoubleArray,
     config: ModelConfig,
     params: Mapping[str, Array] | None = None,
 ) -> Model:
-    """Prepare an anchor, and the network's parameters if any, for serving (in float64 first)."""
-    forecaster = None
-    if params is not None:
-        visible = len(mean) * (config.anchor_window - config.hidden) // config.anchor_window
-        head, basis = whiten_with_basis(
-            mean[:visible], loadings[:visible], noise[:visible], sigma=0.0
-        )
-        forecaster = Forecaster(
-            {name: jnp.asarray(value) for name, value in params.items()},
-            head,
-            jnp.asarray(loadings[visible:] @ basis, jnp.float32),
-            jnp.asarray(mean[visible:], jnp.float32),
-            jnp.asarray(noise[visible:], jnp.float32),
-        )
-    return Model(
-        noisy=whiten(mean, loadings, noise, config.sigma),
-        clean=whiten(mean, loadings, noise, 0.0),
-        forecaster=forecaster,
-    )
+    """Prepare anchors (A, N), (A, N, K), (A, N) and a network for serving (in float64 first)."""
+    each = [_whitenings(*parts, config=config) for parts in zip(mean, loadings, noise, strict=True)]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *each)
+    arrays = None if params is None else {name: jnp.asarray(part) for name, part in params.items()}
+    return Model(stacked, arrays)
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,7 @@ def build_model(bundle: Bundle) -> tuple[Model, Reader]:
         network = import_module("tsdiff.denoiser").Network(
             len(bundle.channels), len(bundle.entities), manifest.model, manifest.network
         )
-    model = anchor_model(parts[0], parts[1], parts[2], manifest.model, params)
+    model = make_model(parts[0], parts[1], parts[2], manifest.model, params)
     return model, Reader(manifest.model, network, manifest.network_weight)
 
 
@@ -141,8 +157,31 @@ def read_spans(
 ) -> Readings:
     """Read the window ending at each of the last T = M - W + 1 slots, normalised, NaN missing.
 
-    `missing` as in `anchor.solve`. Every field comes back as (E, T, ...).
+    `missing` as in `anchor.solve`. Every field comes back as (E, T, ...). With one anchor for all,
+    the windows of all entities are one batch; else each entity's are read by its own anchor.
     """
+    count = model.anchors.noisy.mean.shape[0]
+    if count == 1:
+        shared = jax.tree.map(lambda part: part[0], model.anchors)
+        return _read(shared, model.params, z, rows, reader, missing)
+    index = anchor_index(rows, count)
+    own = jax.tree.map(lambda part: part[index], model.anchors)
+
+    def one(anchor: Whitenings, z: Array, row: Array) -> Readings:
+        found = _read(anchor, model.params, z[None], row[None], reader, missing)
+        return Readings(*(part[0] for part in found))
+
+    return Readings(*jax.vmap(one)(own, z, rows))
+
+
+def _read(
+    anchor: Whitenings,
+    params: Mapping[str, Array] | None,
+    z: Float[Array, "E M D"],
+    rows: Int[Array, " E"],
+    reader: Reader,
+    missing: int | None,
+) -> Readings:
     config = reader.config
     entities, slots, _ = z.shape
     span = slots - config.window + 1
@@ -156,12 +195,8 @@ def read_spans(
         observed = jnp.isfinite(window)
         x = jnp.where(observed, window, 0.0)
         inside, seen = x[:, -config.anchor_window :], observed[:, -config.anchor_window :]
-        found = read_anchor(model.noisy, model.clean, inside, seen, config, missing=missing)
-        if reader.network is None or model.forecaster is None:
-            return found
-        expected, sd = _forecast(
-            model.forecaster, reader.network, x, observed, rows[of], reader, missing
-        )
+        found = read_anchor(anchor.noisy, anchor.clean, inside, seen, config, missing=missing)
+        expected, sd = _forecast(anchor.forecaster, params, x, observed, rows[of], reader, missing)
         return with_forecast(found, x[:, -1], observed[:, -1], expected, sd)
 
     total = entities * span
@@ -177,7 +212,7 @@ def read_spans(
 
 def _forecast(
     forecaster: Forecaster,
-    network: NetworkFn,
+    params: Mapping[str, Array] | None,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
     rows: Int[Array, " B"],
@@ -197,11 +232,13 @@ def _forecast(
     hidden = (forecaster.mean + head.latent @ forecaster.ahead.T).reshape(batch, -1, channels)
     spread = latent_variance(head, forecaster.ahead[-channels:])
     s = jnp.sqrt(forecaster.noise[-channels:] + spread)
+    if reader.network is None or params is None:
+        return hidden[:, -1], jnp.broadcast_to(s, hidden[:, -1].shape)
     m = jnp.concatenate([jnp.where(observed[:, inside], x[:, inside], 0.0), hidden], 1)
     visible = jnp.arange(config.window) < config.window - config.hidden
     conditioned = observed & visible[:, None]
-    residual, log_variance = network(
-        forecaster.params,
+    residual, log_variance = reader.network(
+        params,
         x,
         m,
         conditioned,

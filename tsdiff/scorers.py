@@ -1,9 +1,9 @@
 # ruff: noqa: F722
-"""Windows -> evidence streams: reconstruction, density and (with a network) forecast.
+"""Windows -> evidence streams: reconstruction, density and forecast.
 
 A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
 a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
-it is, and as a moving average over the training data's period.
+it is, and as a moving average that forgets half in a few slots.
 """
 
 from typing import NamedTuple
@@ -16,13 +16,16 @@ from tsdiff import anchor
 from tsdiff.anchor import Whitened
 from tsdiff.config import ModelConfig
 
+STREAMS = ("reconstruction", "density", "forecast")
+"""Names of the streams, in their order along S."""
+
 
 class Readings(NamedTuple):
     """What a batch of windows says about its last slots.
 
-    `streams` (B, S) raw values; `coverage` (B, S) the share of the cells behind each that were
-    observed (0: the value means nothing); `expected` and `sd` (B, D) in normalised units, from
-    the masked reading.
+    `streams` (B, S) raw values, in the order of `STREAMS`; `coverage` (B, S) the share of the
+    cells behind each that were observed (0: the value means nothing); `expected` and `sd` (B, D)
+    in normalised units, from the masked reading.
     """
 
     streams: Float[Array, "B S"]
@@ -91,7 +94,7 @@ def with_forecast(
     expected: Float[Array, "B D"],
     sd: Float[Array, "B D"],
 ) -> Readings:
-    """Add the network's stream: mean over observed channels of |x - D| / s for the last slot."""
+    """Add the stream of the hidden last slots: mean over observed channels of |x - D| / s."""
     error = jnp.where(observed, jnp.abs(x - expected) / sd, 0.0)
     stream = error.sum(-1) / jnp.maximum(observed.sum(-1), 1)
     return readings._replace(
@@ -112,12 +115,20 @@ def settle(
 
 
 def smooth(
-    history: Float[Array, "E H S"], streams: Float[Array, "E T S"], neutral: Float[Array, "E S"]
+    history: Float[Array, "E H S"],
+    streams: Float[Array, "E T S"],
+    neutral: Float[Array, "E S"],
+    half_life: float,
 ) -> Float[Array, "E T S"]:
-    """Moving average over H + 1 slots, the slot itself included; NaN history counts as neutral."""
+    """Moving average over H + 1 slots, the slot itself included; NaN history counts as neutral.
+
+    Weights halve every `half_life` slots: a long event adds up, a short one is soon forgotten.
+    """
     past = jnp.where(jnp.isnan(history), neutral[:, None, :], history)
     both = jnp.concatenate([past, streams], axis=1)
     span, length = streams.shape[1], history.shape[1] + 1
     lag = jnp.arange(span)[:, None] + length - 1 - jnp.arange(both.shape[1])[None, :]
-    band = ((lag >= 0) & (lag < length)).astype(streams.dtype) / length
+    weight = 0.5 ** (jnp.arange(length) / half_life)
+    kept = (weight / weight.sum())[jnp.clip(lag, 0, length - 1)]
+    band = jnp.where((lag >= 0) & (lag < length), kept, 0.0).astype(streams.dtype)
     return jnp.einsum("tm,ems->ets", band, both)

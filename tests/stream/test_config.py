@@ -199,7 +199,7 @@ def test_missing_keys_are_named_with_the_way_to_set_them(tmp_path: Path) -> None
         ("grid.period", "0s", "expected a duration longer than nothing"),
         ("grid.lateness", 10, "expected a duration with its unit, such as 60s or 5m, got 10"),
         ("grid.lateness", "-5s", "expected a duration"),
-        ("detect.scorer", "density", "expected 'hybrid', got 'density'"),
+        ("detect.scorer", "best", "expected 'hybrid', 'reconstruction' or 'density', got 'best'"),
         ("detect.lag", 3, "a lag other than 0 is not built yet: expected 0"),
         ("detect.adapt", "full", "adapt: full is not built yet: expected none"),
         ("detect.adapt", "fast", "expected 'none', 'level' or 'full', got 'fast'"),

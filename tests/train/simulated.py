@@ -12,18 +12,17 @@ from tsdiff.history import EntityHistory, History
 
 CHANNELS = 5
 PERIOD_MS = 60_000
-MODEL = ModelConfig(window=16, anchor_window=8, rank=8)
+MODEL = ModelConfig(window=16, anchor_window=8, rank=8, smoothing=8)
 SMALL = TrainConfig(
     model=MODEL,
     network=NetworkConfig(width=16, blocks=1),
-    smoothing=8,
     steps=40,
     batch=16,
     evaluate_every=10,
     min_held_out=200,
     network_weight=0.5,
 )
-ANCHOR_ONLY = TrainConfig(model=MODEL, network=None, smoothing=8, min_held_out=200)
+ANCHOR_ONLY = TrainConfig(model=MODEL, network=None, min_held_out=200)
 
 
 def simulate(length: int, seed: int, missing: float = 0.0) -> np.ndarray:

@@ -304,7 +304,7 @@ def test_a_test_part_is_spoiled_as_said(data: Path, kind: str) -> None:
 def test_from_folders_to_json(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TrainConfig", partial(TrainConfig, model=MODEL, smoothing=8))
+    monkeypatch.setattr(module, "TrainConfig", partial(TrainConfig, model=MODEL))
     out = tmp_path / "result.json"
     status = cli.main(
         [

@@ -16,7 +16,6 @@ from tests.train.simulated import (
     simulate,
 )
 from train.config import TrainConfig
-from train.data import find_period
 from train.loop import Progress, train
 from train.state import Checkpoints, remove_checkpoints
 from tsdiff.config import ModelConfig
@@ -132,19 +131,6 @@ def test_empty_history_is_refused() -> None:
 def test_impossible_settings(make: type) -> None:
     with pytest.raises(ConfigError, match="expected"):
         make()
-
-
-def test_the_period_is_found_and_kept_within_bounds() -> None:
-    time = np.arange(2000)[:, None]
-    rng = np.random.default_rng(0)
-    noise = 0.1 * rng.normal(size=(2000, 2))
-
-    def period(slots: float) -> int:
-        return find_period([(np.sin(2 * np.pi * time / slots) + noise).astype(np.float32)])
-
-    assert period(24) == 24
-    assert period(150) <= 60
-    assert period(4) == 8
 
 
 def test_held_out_metrics_are_in_the_bundle() -> None:

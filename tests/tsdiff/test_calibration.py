@@ -64,12 +64,14 @@ def test_evidence_has_no_jump_at_the_last_knot() -> None:
 
 
 def test_the_combination_is_calibrated_once_more() -> None:
-    """The largest of four independent evidences is too large; after that it is right again."""
+    """Independent evidences together are too large; after that they are right again."""
     rng = np.random.default_rng(4)
 
     def combined(size: int) -> np.ndarray:
-        parts = -np.log10(rng.uniform(size=(1, size, 4)))
-        found: np.ndarray = np.asarray(calibration.combine(jnp.asarray(parts, jnp.float32), 0.0))
+        parts = -np.log10(rng.uniform(size=(1, size, 6)))
+        found: np.ndarray = np.asarray(
+            calibration.combine(jnp.asarray(parts, jnp.float32), "hybrid")
+        )
         return np.asarray(found[0])
 
     train, test = combined(50_000), combined(200_000)
@@ -79,14 +81,18 @@ def test_the_combination_is_calibrated_once_more() -> None:
         jnp.asarray(test)[None], jnp.asarray(knots)[None], jnp.asarray([slope], jnp.float32)
     )
     assert (test > 3.0).mean() > 0.003
-    for wanted in (1.0, 2.0, 3.0, 4.0):
-        assert (np.asarray(found) > wanted).mean() == pytest.approx(10.0**-wanted, rel=0.3)
+    for wanted, within in ((1.0, 0.3), (2.0, 0.3), (3.0, 0.3), (4.0, 0.5)):
+        # Sums of evidence have a tail that is not quite exponential: on the safe side of it.
+        assert (np.asarray(found) > wanted).mean() == pytest.approx(10.0**-wanted, rel=within)
 
 
-def test_the_networks_evidence_is_added() -> None:
-    """Columns: r, p, n, then their long versions."""
+@pytest.mark.parametrize(
+    ("scorer", "wanted"), [("hybrid", 2.0 + 4.0), ("reconstruction", 1.0 + 4.0), ("density", 2.0)]
+)
+def test_scorers_combine_their_streams(scorer: str, wanted: float) -> None:
+    """Columns: reconstruction, density, forecast, then their long versions."""
     parts = jnp.asarray([[[1.0, 2.0, 0.5, 0.0, 1.0, 4.0]]])
-    assert float(calibration.combine(parts, 0.5)[0, 0]) == 2.0 + 0.5 * 4.0
+    assert float(calibration.combine(parts, scorer)[0, 0]) == wanted
 
 
 def test_threshold_is_the_asked_rate() -> None:

@@ -1,11 +1,8 @@
 """Grid alignment and the mask bank, drawn as pictures."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from tsdiff import masks
 from tsdiff.windows import gather, sliding, to_grid
 
 
@@ -41,22 +38,3 @@ def test_windows_are_cut_alike_by_numpy_and_jax() -> None:
     series = np.arange(24, dtype=np.float32).reshape(12, 2)
     cut = gather(jnp.asarray(series)[None], jnp.zeros(4, int), jnp.asarray([0, 3, 6, 9]), 3)
     np.testing.assert_array_equal(sliding(series, 3, stride=3), cut)
-
-
-def picture(mask: jax.Array) -> list[str]:
-    return ["".join("#" if hidden else "." for hidden in channel) for channel in np.asarray(mask).T]
-
-
-def test_mask_pictures() -> None:
-    assert picture(masks.none(6, 2)) == ["......", "......"]
-    assert picture(masks.last(6, 2, 2)) == ["....##", "....##"]
-    assert picture(masks.grating(6, 2, 2, 0)) == ["##..##", "##..##"]
-    assert picture(masks.grating(6, 2, 2, 1)) == ["..##..", "..##.."]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_masks(seed: int) -> None:
-    key = jax.random.key(seed)
-    assert set(picture(masks.group(key, 6, 40))) == {"######", "......"}
-    share = float(masks.random_cells(key, 64, 64).mean())
-    assert 0.17 < share < 0.23
