@@ -175,7 +175,7 @@ def solve(
     if missing is None:
         lost = _unpack((~observed).astype(jnp.float32) @ _outer(whitened.loadings), rank)
         eye = jnp.eye(rank)
-        correction = _batch_inverse((1.0 + _JITTER) * eye - lost) - eye
+        correction = _polished_inverse(eye - lost) - eye
         latent = _refined(
             projection,
             lambda b: b + jnp.einsum("bkl,bl->bk", correction, b),
@@ -189,8 +189,8 @@ def solve(
     index = jnp.full((observed.shape[0], missing), -1)
     index = index.at[batch, order].set(jnp.broadcast_to(cells, order.shape), mode="drop")
     rows = jnp.where(index[..., None] >= 0, whitened.loadings[index], 0.0)
-    system = (1.0 + _JITTER) * jnp.eye(missing) - jnp.einsum("bqk,bpk->bqp", rows, rows)
-    right = jnp.einsum("bqp,bpk->bqk", _batch_inverse(system), rows)
+    system = jnp.eye(missing) - jnp.einsum("bqk,bpk->bqp", rows, rows)
+    right = jnp.einsum("bqp,bpk->bqk", _polished_inverse(system), rows)
 
     def lift(weights: Array) -> Array:
         return jnp.einsum("bqk,bq->bk", rows, weights)
@@ -219,6 +219,16 @@ def _refined(
 
 def _batch_inverse(system: Float[Array, "B K K"]) -> Float[Array, "B K K"]:
     return invert(system.transpose(1, 2, 0)).transpose(2, 0, 1)
+
+
+def _polished_inverse(system: Float[Array, "B K K"]) -> Float[Array, "B K K"]:
+    """Inverse by elimination, then one step of Newton (Schulz 1933) against the system itself.
+
+    It takes jitter and rounding out again: variances, too, must not depend on the way of solving.
+    """
+    eye = jnp.eye(system.shape[-1])
+    inverse = _batch_inverse(system + _JITTER * eye)
+    return inverse + inverse @ (eye - system @ inverse)
 
 
 def _through_latent(

@@ -50,15 +50,17 @@ def deployed(
 
 
 def assert_same(live: Scores, reference: Scores) -> None:
-    """Same entities, slots and states; scores and channels equal to 1e-5."""
+    """Same entities, slots and states; scores equal to 1e-5, p and channels to rounding."""
     assert live.keys() == reference.keys()
     for key, expected in reference.items():
         score = live[key]
         assert score["state"] == expected["state"], key
         assert score["model"] == expected["model"]
         assert score["imputed_ratio"] == pytest.approx(expected["imputed_ratio"])
-        for name in ("anomaly_score", "p_value"):
-            assert score[name] == pytest.approx(expected[name], abs=1e-5), (key, name)
+        # Float32 rounds differently in batches of other shapes; in p it shows most where nothing is
+        # unusual, around a half.
+        for name, grain in (("anomaly_score", 1e-5), ("p_value", 5e-5)):
+            assert score[name] == pytest.approx(expected[name], abs=grain), (key, name)
         channels = dict(expected["channels"])
         assert score["channels"].keys() == channels.keys() or score["state"] == "ok"
         for name in score["channels"].keys() & channels.keys():
@@ -90,7 +92,7 @@ def test_kill_9_loses_and_repeats_nothing(
     deployed.send(small_bundle.live, small_bundle.period_ms)
     # Small rounds, so that every kill falls into the middle of the work.
     for share in (0.2, 0.5, 0.8):
-        worker = deployed.start(input__max_poll_records=60)
+        worker = deployed.start(input__max_poll_records=20)
         deployed.wait_for_scores(int(share * len(reference)), worker)
         worker.kill()
         done = len(deployed.read_scores())
@@ -148,7 +150,7 @@ def test_a_broker_that_goes_away_and_comes_back(
             broker.bootstrap_servers, "telemetry", small_bundle.path, tmp_path
         ) as deployed:
             deployed.send(small_bundle.live, small_bundle.period_ms)
-            worker = deployed.start(input__max_poll_records=60)
+            worker = deployed.start(input__max_poll_records=20)
             deployed.wait_for_scores(1000, worker)
             broker.kill()
             time.sleep(8)  # longer than the session and the transaction may last
