@@ -509,24 +509,16 @@ def denoiser_of(bundle: Bundle) -> Any:  # noqa: ANN401 - a DenoiseFn, whose mod
 
     from tsdiff.anchor import Anchor, posterior  # noqa: PLC0415
     from tsdiff.precondition import denoised  # noqa: PLC0415
+    from tsdiff.reading import build_model  # noqa: PLC0415
 
-    manifest, channels = bundle.manifest, len(bundle.channels)
-    model = manifest.model
+    model, channels = bundle.manifest.model, len(bundle.channels)
     anchor = Anchor(
         # The last one is the pooled one.
         *(jnp.asarray(bundle.arrays[f"anchor.{name}"][-1], jnp.float32) for name in Anchor._fields)
     )
     inside = model.anchor_window * channels
-    network = params = None
-    if manifest.network is not None:
-        from tsdiff.denoiser import Network  # noqa: PLC0415 - loads Flax
-
-        network = Network(channels, len(bundle.entities), model, manifest.network)
-        params = {
-            name.removeprefix("network."): jnp.asarray(array)
-            for name, array in bundle.arrays.items()
-            if name.startswith("network.")
-        }
+    served, reader = build_model(bundle)
+    network, params = reader.network, served.params
 
     def denoise(x: Any, noise_variance: Any) -> tuple[Any, Any]:  # noqa: ANN401
         m, s = posterior(anchor, x[:, -inside:], noise_variance[:, -inside:])

@@ -1,6 +1,6 @@
 """Anchors from history: one for all entities, or one for each, as held-out data want it."""
 
-from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -57,17 +57,25 @@ def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
         return Anchors(_stack([pooled]), rank, "pooled", {})
     judges = np.unique(np.linspace(0, len(own) - 1, min(len(own), _JUDGES)).round()).astype(int)
 
-    def loss(of: Callable[[int], tuple[DoubleArray, DoubleArray, DoubleArray]]) -> float:
-        return float(np.mean([_loss(of(row), dataset, row, model) for row in judges.tolist()]))
+    @cache  # who judged need not be fitted again
+    def fit_own(kind: str, row: int) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
+        return fit(own[row].leaning_on(everything, LEANINGS[kind]))
 
-    losses = {"pooled": loss(lambda _: pooled)}
-    for kind, windows in LEANINGS.items():
-        leaning = [each.leaning_on(everything, windows) for each in own]
-        losses[kind] = loss(lambda row, leaning=leaning: fit(leaning[row]))  # type: ignore[misc]
+    losses = {
+        kind: float(
+            np.mean(
+                [
+                    _loss(pooled if kind == "pooled" else fit_own(kind, row), dataset, row, model)
+                    for row in judges.tolist()
+                ]
+            )
+        )
+        for kind in ("pooled", *LEANINGS)
+    }
     best = min(losses, key=lambda kind: losses[kind])
     if losses[best] > losses["pooled"] - _WORTHWHILE:
         return Anchors(_stack([pooled]), rank, "pooled", losses)
-    fitted = [fit(each.leaning_on(everything, LEANINGS[best])) for each in own]
+    fitted = [fit_own(best, row) for row in range(len(own))]
     return Anchors(_stack([*fitted, pooled]), rank, best, losses)
 
 
