@@ -72,6 +72,33 @@ def wait_until(
         time.sleep(0.1)
 
 
+class Reader:
+    """Reads a whole topic, again and again, each time only what is new."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self.topic, self.found = topic, list[Any]()
+        self.consumer = KafkaConsumer(
+            bootstrap_servers=servers,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+
+    def records(self) -> list[Any]:
+        """Every record so far that is not of an open or aborted transaction."""
+        if not self.consumer.assignment():
+            numbers = self.consumer.partitions_for_topic(self.topic)
+            self.consumer.assign([TopicPartition(self.topic, number) for number in numbers])
+        partitions = list(self.consumer.assignment())
+        if not partitions:
+            return []
+        ends = self.consumer.end_offsets(partitions)  # the last stable offsets
+        while any(self.consumer.position(p) < ends[p] for p in partitions):
+            for records in self.consumer.poll(timeout_ms=500).values():
+                self.found.extend(records)
+        return list(self.found)
+
+
 class Deployment:
     """Names of topics and group that nobody else uses, and workers that all end with the test."""
 
@@ -80,6 +107,7 @@ class Deployment:
         self.scores, self.alerts = f"{topic}.scores", f"{topic}.alerts"
         self.dead_letters = f"{topic}.dead"
         self.workers: list[Worker] = []
+        self.readers: dict[str, Reader] = {}
         self.settings: dict[str, Any] = {
             "model.path": bundle,
             "input.bootstrap_servers": servers,
@@ -108,6 +136,8 @@ class Deployment:
         for worker in self.workers:
             if worker.process.poll() is None:
                 worker.kill()
+        for reader in self.readers.values():
+            reader.consumer.close()
 
     def send(self, history: History, period_ms: int) -> int:
         """Write a history to the input topic, at full speed."""
@@ -121,23 +151,11 @@ class Deployment:
 
     def records(self, topic: str) -> list[Any]:
         """Every record of a topic that a `read_committed` reader sees now."""
-        with KafkaConsumer(
-            bootstrap_servers=self.servers,
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-        ) as consumer:
-            numbers = consumer.partitions_for_topic(topic)
-            if not numbers:
-                return []
-            partitions = [TopicPartition(topic, number) for number in numbers]
-            consumer.assign(partitions)
-            consumer.seek_to_beginning(*partitions)
-            ends = consumer.end_offsets(partitions)  # the last stable offsets
-            found: list[Any] = []
-            while any(consumer.position(p) < ends[p] for p in partitions):
-                for records in consumer.poll(timeout_ms=500).values():
-                    found.extend(records)
-            return found
+        if topic not in self.readers:
+            # One reader a topic, not one a look: kafka-python 3.0.12 leaks the socket of a client
+            # that is closed while a request waits to be written.
+            self.readers[topic] = Reader(self.servers, topic)
+        return self.readers[topic].records()
 
     def read_scores(self) -> Scores:
         """Scores by entity and timestamp; fails on the first one that is there twice."""
