@@ -25,6 +25,7 @@ from typing import Any, Final, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.learning import Learner
 from stream.simulate import CHANNELS, simulate_fleet
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
 from tsdiff.errors import ConfigError, TsdiffError
@@ -272,6 +273,8 @@ class Scorer(Protocol):
     compilations: int
     channels: tuple[str, ...]
 
+    @property
+    def adaptation(self) -> Learner | None: ...  # noqa: D102
     def row(self, entity: str) -> int: ...  # noqa: D102
     def statistics(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...  # noqa: D102
     def warm_up(self) -> None: ...  # noqa: D102
@@ -283,6 +286,7 @@ class Scorer(Protocol):
         scale: NDArray[np.float32],
         rows: NDArray[np.int32],
         history: NDArray[np.float32],
+        states: Sequence[NDArray[np.float32] | None] | None = None,
     ) -> Any: ...  # noqa: ANN401
 
 
@@ -298,7 +302,7 @@ def detectors_of(bundle: Bundle, *, history: bool = False) -> Iterator[tuple[str
 
 def workload(
     scorer: Scorer, entities: int, slots: int, missing: str, seed: int = 0
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Any]:
     """Make arguments of `detect`: noise around the mean of known entities.
 
     "few missing" is one silent channel an entity, "many missing" every fifth cell.
@@ -420,6 +424,7 @@ class _Known:
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
+        self.adaptation = scorer.adaptation
 
     def row(self, entity: str) -> int:
         del entity

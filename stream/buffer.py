@@ -8,6 +8,8 @@ reaches its end, so what closes depends on the log alone and not on when or how 
     slots   ... | 41 | 42 | 43 | 44 || 45 | 46 |
                   <--- window of 43 --->          ^ watermark (in 46), lateness 1 slot
 
+With a lag, a slot is scored when as many later ones have closed, too.
+
 After a crash the next owner restores the per-entity snapshots, starts again at `replay_point()`
 and runs the same code with `emit` off up to the committed offset ("priming").
 """
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.decide import AlertState
+from stream.learning import Learned, Learner, Pupil
 from stream.records import ReadingBatch
 
 Float32 = NDArray[np.float32]
@@ -30,7 +33,11 @@ NO_WATERMARK = -(2**62)
 
 
 class Profiles(Protocol):
-    """What the buffer asks of the model: statistics of entities (`tsdiff.detector.Detector`)."""
+    """What the buffer asks of the model about entities (`tsdiff.detector.Detector`)."""
+
+    @property
+    def adaptation(self) -> Learner | None:
+        """How they go on learning."""
 
     def row(self, entity: str) -> int:
         """Row of an entity seen in training; -1 for one never seen."""
@@ -65,6 +72,17 @@ class Grid:
     snapshot_slots: int = 64
     span: int = 16
     """At most so many slots of an entity are closed at a time, which bounds the ring."""
+    lag: int = 0
+    """Slots that must have closed after a slot before it is scored."""
+    block: int = 0
+    """Slots that entities learn from at a time, 0: they do not."""
+    context: int = 0
+    """Slots before a block that learning needs besides."""
+
+    def __post_init__(self) -> None:
+        """Refuse what the bookkeeping of learning cannot follow."""
+        if 0 < self.block < self.span:
+            raise ValueError(f"expected blocks of at least {self.span} slots, got {self.block}")
 
     @property
     def lateness_slots(self) -> int:
@@ -72,15 +90,29 @@ class Grid:
         return -(-self.lateness_ms // self.period_ms)
 
     @property
+    def reach(self) -> int:
+        """Slots kept before those being scored: the window's, or the block's to learn from."""
+        return max(self.window - 1, self.block + self.context - 1 - self.lag)
+
+    @property
     def ring(self) -> int:
-        """Slots kept per entity: the window, a span being closed, and what is still open."""
-        return self.window - 1 + self.span + self.lateness_slots + 2
+        """Slots kept per entity: what reaches back, a span being scored, and what is still open."""
+        return self.reach + self.span + self.lag + self.lateness_slots + 2
+
+    @property
+    def settling_slots(self) -> int:
+        """How far back a slot's streams and its alert state look."""
+        return self.history + self.decision_slots
 
     @property
     def replay_slots(self) -> int:
         """How far back the log must be read so that priming rebuilds everything exactly."""
-        scores = self.window - 1 + self.history + self.decision_slots
-        return max(scores, self.snapshot_slots + self.span + 1)
+        scores = self.window - 1 + self.settling_slots
+        snapshot = self.lag + self.snapshot_slots + self.span + 1
+        if self.block:
+            # What a snapshot holds was learned before all this, up to a block ago.
+            return snapshot + self.settling_slots + self.block + self.window
+        return max(scores, snapshot)
 
     def closed_before(self, watermark_ms: int) -> int:
         """The first slot that is still open at this watermark."""
@@ -107,22 +139,28 @@ class EntitySnapshot:
     """(3, D) count, sum and sum of squares while a newcomer's statistics are collected."""
     statistics: Float32 | None = None
     """(2, D) mean and scale of an entity that the model has never seen."""
+    learned: Learned | None = None
+    """What it had learned when all that is looked back on began."""
+    learned_by: str = ""
+    """`Learner.key`: only the same model can go on from there."""
 
 
 class Span(NamedTuple):
-    """G entities with T consecutive closed slots each, ready for `Detector.detect`."""
+    """G entities with up to T consecutive slots each, ready for `Detector.detect`."""
 
     rows: Rows
     first_slot: int
+    lengths: NDArray[np.int32]
     values: Float32
     mean: Float32
     scale: Float32
     model_rows: NDArray[np.int32]
     history: Float32
+    states: tuple[Float32 | None, ...]
 
     @property
     def width(self) -> int:
-        """W - 1 + T: the window's earlier slots come first in `values`."""
+        """W - 1 + T + lag: the window's earlier slots come first in `values`."""
         return int(self.values.shape[1])
 
 
@@ -137,6 +175,7 @@ class Closing(NamedTuple):
     values: Float32
     emit: bool
     spans: tuple[Span, ...]
+    """What to score first; the buffer has the `rest`."""
 
 
 @dataclass
@@ -154,6 +193,7 @@ class _Entity:
     name: str
     alert: AlertState
     sums: NDArray[np.float64] | None = None
+    pupil: Pupil | None = None
 
 
 @dataclass
@@ -204,6 +244,7 @@ class PartitionBuffer:
 
         start = len(self.entities)
         grown("_ring", (grid.ring, grid.channels), np.float32, np.nan)
+        grown("_calm", (grid.ring if grid.block else 0,), np.bool_, False)
         grown("_history", (grid.history, grid.streams), np.float32, np.nan)
         grown("_mean", (grid.channels,), np.float32, 0.0)
         grown("_scale", (grid.channels,), np.float32, 1.0)
@@ -218,6 +259,8 @@ class PartitionBuffer:
         self._free.extend(range(capacity - 1, start - 1, -1))
 
     _ring: Float32 = field(init=False, repr=False)
+    # Slots by ring position whose readings may be learned from.
+    _calm: NDArray[np.bool_] = field(init=False, repr=False)
     _history: Float32 = field(init=False, repr=False)
     _mean: Float32 = field(init=False, repr=False)
     _scale: Float32 = field(init=False, repr=False)
@@ -237,6 +280,7 @@ class PartitionBuffer:
         model_row = self.profiles.row(name)
         known = model_row >= 0
         self._ring[row] = np.nan
+        self._calm[row] = False
         self._history[row] = np.nan
         self._mean[row], self._scale[row] = self.profiles.statistics(model_row)
         self._model_row[row] = model_row
@@ -249,7 +293,10 @@ class PartitionBuffer:
         self._snapshot[row] = first_slot
         self._alive[row] = True
         sums = None if known else np.zeros((3, self.grid.channels))
-        self.entities[row] = _Entity(name, AlertState(since_slot=first_slot), sums)
+        learner, pupil = self.profiles.adaptation, None
+        if learner is not None and learner.learns(model_row):
+            pupil = Pupil(learner, learner.phase(name))
+        self.entities[row] = _Entity(name, AlertState(since_slot=first_slot), sums, pupil)
         if not known:
             self._newcomers.add(row)
         self.names[name] = row
@@ -281,6 +328,9 @@ class PartitionBuffer:
             entity.alert = snapshot.alert
             self._silent[row] = snapshot.silent
             self._restored[row] = self._snapshot[row] = snapshot.slot
+            pupil, learned = entity.pupil, snapshot.learned
+            if pupil and learned and snapshot.learned_by == pupil.learner.key:
+                pupil.states = [learned]
             if self._model_row[row] >= 0:
                 continue
             if snapshot.statistics is not None:
@@ -297,13 +347,15 @@ class PartitionBuffer:
 
     def snapshots(self) -> tuple[list[EntitySnapshot], list[str]]:
         """Snapshots that are due since the last call, and the names of entities that are gone."""
-        last = self._closed - 1
+        last = self._closed - self.grid.lag - 1
         due = []
         for row in sorted(self._dirty):
             entity = self.entity(row)
             self._snapshot[row] = last
             never_seen = self._model_row[row] < 0
             fitted = never_seen and entity.sums is None
+            pupil = entity.pupil
+            learned = pupil and pupil.settled(last - self.grid.settling_slots)
             due.append(
                 EntitySnapshot(
                     entity=entity.name,
@@ -313,6 +365,8 @@ class PartitionBuffer:
                     alert=entity.alert,
                     sums=None if entity.sums is None else entity.sums.copy(),
                     statistics=np.stack([self._mean[row], self._scale[row]]) if fitted else None,
+                    learned=learned if learned and learned.state is not None else None,
+                    learned_by=pupil.learner.key if pupil else "",
                 )
             )
         gone = [name for name in self._gone if name not in self.names]
@@ -337,8 +391,8 @@ class PartitionBuffer:
     def advance(self, batch: ReadingBatch) -> Iterator[Closing]:
         """Place the readings of a batch; yield the slots they close, oldest first.
 
-        The caller scores each closing's spans and hands the streams to `keep_streams` before it
-        asks for the next closing, because the next one's history needs them.
+        The caller scores each closing's spans, hands the streams to `keep_streams`, does the same
+        with the `rest`, and asks only then for the next closing, whose history needs them.
         """
         start = 0
         if self.priming:
@@ -456,16 +510,18 @@ class PartitionBuffer:
     # -- closing -------------------------------------------------------------------------------
 
     def _close(self, until: int) -> Iterator[Closing]:
+        lag = self.grid.lag
         while self._closed < until:
             if not self.names:
                 self._skip_to(until)
                 return
+            first = self._closed - lag
             stop = min(until, self._closed + self.grid.span)
             # An entity's end always ends a span, so that it does not depend on the batching.
-            expiry = self._closed + self.grid.ttl_slots - int(self._silent[self._alive].max())
+            expiry = first + self.grid.ttl_slots - int(self._silent[self._alive].max())
             # It may be past already: the time to live was shortened between two runs.
-            stop = max(min(stop, expiry + 1), self._closed + 1)
-            closing = self._close_span(self._closed, stop)
+            stop = max(min(stop, expiry + 1 + lag), self._closed + 1)
+            closing = self._close_span(first, stop - lag)
             self._closed = stop
             if len(closing.rows):
                 yield closing
@@ -493,7 +549,7 @@ class PartitionBuffer:
             silent=silent,
             values=values,
             emit=not self.priming,
-            spans=tuple(self._spans(rows, start, stop)),
+            spans=tuple(self._spans(rows, np.maximum(self._ready[rows], start), stop)),
         )
         # Spread over slots by row; the age matters after a restart, when rows are dealt anew.
         due = (slots[None, :] + rows[:, None]) % grid.snapshot_slots == 0
@@ -520,42 +576,99 @@ class PartitionBuffer:
                 self._newcomers.discard(row)
                 self._dirty.add(row)
 
-    def _spans(self, rows: Rows, start: int, stop: int) -> Iterator[Span]:
+    def _spans(self, rows: Rows, begins: NDArray[np.int64], stop: int) -> Iterator[Span]:
+        """Slots from `begins` (n,) on, of each row up to the end of its block or `stop`."""
         grid = self.grid
-        begins = np.maximum(self._ready[rows], start)
         # Entities that get ready inside this span start later; mostly there is one group.
         for begin in np.unique(begins[begins < stop]).tolist():
             group = rows[begins == begin]
-            slots = np.arange(begin - grid.window + 1, stop)
+            ends = np.full(len(group), stop - 1)
+            states: list[Float32 | None] = [None] * len(group)
+            for i, row in enumerate(group.tolist() if grid.block else ()):
+                pupil = self.entity(row).pupil
+                if pupil is not None:
+                    ends[i], states[i] = pupil.block_end(begin, stop), pupil.state
+            lengths = (ends + 1 - begin).astype(np.int32)
+            slots = np.arange(begin - grid.window + 1, begin + int(lengths.max()) + grid.lag)
             yield Span(
                 rows=group,
                 first_slot=begin,
+                lengths=lengths,
                 values=self._ring[group[:, None], slots % grid.ring],
                 mean=self._mean[group],
                 scale=self._scale[group],
                 model_rows=self._model_row[group],
                 history=self._history[group],
+                states=tuple(states),
             )
 
     def keep_streams(self, span: Span, streams: Float32) -> None:
-        """Remember the stream values (G, T, S) of a span as history of the next one."""
-        if self.grid.history:
-            joined = np.concatenate([span.history, streams], axis=1)
-            self._history[span.rows] = joined[:, -self.grid.history :]
+        """Remember the streams (G, T, S) of a span, as history and to learn from."""
+        grid = self.grid
+        joined = np.concatenate([span.history, streams], axis=1)
+        kept = span.lengths[:, None] + np.arange(grid.history)
+        self._history[span.rows] = np.take_along_axis(joined, kept[..., None], axis=1)
+        learner = self.profiles.adaptation
+        if learner is None:
+            return
+        read = np.arange(streams.shape[1])
+        at = (span.first_slot + grid.lag + read) % grid.ring
+        own = read < span.lengths[:, None]
+        calm = learner.calm(streams, span.model_rows) & own
+        self._calm[span.rows[:, None], at] = np.where(own, calm, self._calm[span.rows[:, None], at])
+        for row, length in zip(span.rows.tolist(), span.lengths.tolist(), strict=True):
+            self._learn(row, span.first_slot + length - 1)
+
+    def _learn(self, row: int, slot: int) -> None:
+        """Let an entity learn from what is known once `slot` is scored, if its block ends so."""
+        grid, pupil = self.grid, self.entity(row).pupil
+        if pupil is None or not pupil.ends_block(slot):
+            return
+        newest = slot + grid.lag
+        at = np.arange(newest - grid.block - grid.context + 1, newest + 1) % grid.ring
+        calm = self._calm[row, at]
+        calm[: grid.context] = False
+        state = pupil.learner.learn(
+            int(self._model_row[row]),
+            pupil.state,
+            self._ring[row, at],
+            calm,
+            self._mean[row],
+            self._scale[row],
+        )
+        pupil.states.append(Learned(slot, state))
+        # Snapshots may be far apart; what none of them will ask for any more is let go here.
+        pupil.settled(slot - grid.settling_slots)
+
+    def rest(self, closing: Closing) -> tuple[Span, ...]:
+        """What is left of a closing once its spans are scored: slots after the end of a block."""
+        if not self.grid.block:
+            return ()
+        begins = {
+            row: span.first_slot + length
+            for span in closing.spans
+            for row, length in zip(span.rows.tolist(), span.lengths.tolist(), strict=True)
+        }
+        stop = closing.first_slot + closing.present.shape[1]
+        late = {row: begin for row, begin in begins.items() if begin < stop}
+        return tuple(self._spans(np.array([*late], np.intp), np.array([*late.values()]), stop))
 
     def _retire(self, closing: Closing) -> None:
         """Free the slots that no window needs any more, and entities past their time to live."""
-        width = self.grid.window - 1
-        old = np.arange(closing.first_slot - width, self._closed - width) % self.grid.ring
+        grid = self.grid
+        next_slot = self._closed - grid.lag
+        old = np.arange(closing.first_slot - grid.reach, next_slot - grid.reach) % grid.ring
         self._ring[:, old] = np.nan
-        for row in closing.rows[closing.silent[:, -1] > self.grid.ttl_slots].tolist():
+        if grid.block:
+            self._calm[:, old] = False
+        for row in closing.rows[closing.silent[:, -1] > grid.ttl_slots].tolist():
             name, ring = self.entity(row).name, self._ring[row].copy()
             self._remove(row)
-            still_open = np.arange(self._closed, self._closed + self.grid.ring - width)
-            heard = still_open[~np.isnan(ring[still_open % self.grid.ring]).all(axis=1)]
+            still_open = np.arange(next_slot, next_slot + grid.ring - grid.reach)
+            heard = still_open[~np.isnan(ring[still_open % grid.ring]).all(axis=1)]
             if len(heard):  # it is back already, as somebody new
                 again = self._add(name, int(heard[0]))
-                self._ring[again, heard % self.grid.ring] = ring[heard % self.grid.ring]
+                self._ring[again, heard % grid.ring] = ring[heard % grid.ring]
 
 
 def _rank_within(key: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -87,7 +87,7 @@ def run(
     configure_logging(loaded.log.level, loaded.log.format)
     stop = Stop()
     with stop.on_signals():
-        run_service(loaded, load_model(loaded.model.path, scorer=loaded.detect.scorer), stop)
+        run_service(loaded, load_model(loaded.model.path, detect=loaded.detect), stop)
 
 
 def backfill(
@@ -126,7 +126,7 @@ def backfill(
     overrides = {"model.path": str(model), "input.topic": "history", **_overrides(settings or [])}
     loaded = load_config(config, overrides)
     configure_logging("warning", loaded.log.format)
-    built = load_model(model, HISTORY_SHAPES, loaded.detect.scorer)
+    built = load_model(model, HISTORY_SHAPES, loaded.detect)
     history = load_history(
         data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
     )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.decide import AlertState
 from stream.errors import DecodeError
+from stream.learning import Learned
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 
 REASONS: Final = (
@@ -226,21 +227,23 @@ def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
 
 # -- state -------------------------------------------------------------------------------------
 
-_STATE_FORMAT: Final = 1
+_STATE_FORMAT: Final = 2
 
 
 def _pack(array: NDArray[Any] | None) -> str | None:
     return None if array is None else base64.b64encode(array.tobytes()).decode("ascii")
 
 
-def _unpack(text: str | None, dtype: type, rows: int) -> NDArray[Any] | None:
+def _unpack(text: str | None, dtype: type, rows: int | None = None) -> NDArray[Any] | None:
     if text is None:
         return None
-    return np.frombuffer(base64.b64decode(text), dtype).reshape(rows, -1).copy()
+    array: NDArray[Any] = np.frombuffer(base64.b64decode(text), dtype).copy()
+    return array if rows is None else array.reshape(rows, -1)
 
 
 def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
     """One record of the state topic."""
+    learned = snapshot.learned
     return _encoder.encode(
         {
             "format": _STATE_FORMAT,
@@ -251,6 +254,8 @@ def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
             "alert": list(snapshot.alert),
             "sums": _pack(snapshot.sums),
             "statistics": _pack(snapshot.statistics),
+            "learned": learned and {"slot": learned.slot, "state": _pack(learned.state)},
+            "learned_by": snapshot.learned_by,
         }
     )
 
@@ -264,6 +269,7 @@ def decode_snapshot(value: bytes) -> EntitySnapshot | None:
         phase, since_slot, hot, calm = record["alert"]
         if phase not in STATES:
             return None
+        learned = record["learned"]
         return EntitySnapshot(
             entity=record["entity"],
             slot=record["slot"],
@@ -272,6 +278,8 @@ def decode_snapshot(value: bytes) -> EntitySnapshot | None:
             alert=AlertState(phase, since_slot, hot, calm),
             sums=_unpack(record["sums"], np.float64, 3),
             statistics=_unpack(record["statistics"], np.float32, 2),
+            learned=learned and Learned(learned["slot"], _unpack(learned["state"], np.float32)),
+            learned_by=record["learned_by"],
         )
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None

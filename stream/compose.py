@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from stream.buffer import Grid
 from stream.codec import DECODERS
-from stream.config import ServiceConfig
+from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
 from stream.http import Health, MetricsServer
@@ -27,11 +27,14 @@ from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
 from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
-from tsdiff.calibration import SCORERS, evidence_threshold
+from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError, ConfigError
 
 _log = structlog.get_logger("tsdiff.run")
+
+# Records are at most 1 MB in brokers' and clients' default settings; states are written in base64.
+_MOST_STATE_BYTES = 700_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Model:
 
 
 def load_model(
-    path: Path, shapes: Sequence[tuple[int, int]] = SHAPES, scorer: str = SCORERS[0]
+    path: Path,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    detect: DetectSection | None = None,
 ) -> Model:
     """Load a bundle and compile it (from the compilation cache where that is warm).
 
@@ -53,7 +58,9 @@ def load_model(
     """
     enable_compilation_cache()
     bundle = load_bundle(path)
-    return Model(bundle, Detector(bundle, shapes=shapes, scorer=scorer))
+    how = detect or DetectSection()
+    detector = Detector(bundle, shapes=shapes, scorer=how.scorer, lag=how.lag, adapt=how.adapt)
+    return Model(bundle, detector)
 
 
 def enable_compilation_cache() -> None:
@@ -78,6 +85,13 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
             f"{model.bundle.version}, got {period_ms / 1000:g}s; train a bundle with that period"
         )
     policy = policy_of(config)
+    learner = detector.adaptation
+    if learner is not None and 4 * learner.size > _MOST_STATE_BYTES:
+        raise ConfigError(
+            f"detect.adapt: full keeps {4 * learner.size // 1000} KB an entity with "
+            f"{len(detector.channels)} channels, expected at most {_MOST_STATE_BYTES // 1000} KB, "
+            "what fits into a record of the state topic; choose level or none"
+        )
     grid = Grid(
         period_ms=period_ms,
         channels=len(detector.channels),
@@ -92,7 +106,10 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         decision_slots=policy.memory_slots,
         # The model's longest span: live a short one, since the ring holds as many slots beside the
         # window of every entity.
-        span=model.detector.longest_span,
+        span=detector.longest_span,
+        lag=detector.lag,
+        block=0 if learner is None else learner.block,
+        context=0 if learner is None else learner.context,
     )
     if grid.ttl_slots < grid.replay_slots:
         # A forgotten entity that comes back must not find its earlier life in the replayed log.

@@ -56,6 +56,7 @@ class Scorer(Profiles, Protocol):
         scale: Float32,
         rows: NDArray[np.int32],
         history: Float32,
+        states: Sequence[Float32 | None] | None = None,
     ) -> Detection:
         """Score E spans of T slots; see `tsdiff.detector.Detector.detect`."""
 
@@ -127,35 +128,41 @@ def _score_round(
     config: ScoringConfig,
     verdicts: Verdicts,
 ) -> None:
+    scored = [_blank(closing, len(scorer.channels)) for _, closing in round_]
     spans = [(i, span) for i, (_, closing) in enumerate(round_) for span in closing.spans]
-    depth = len(scorer.channels)
-    scored = [_blank(closing, depth) for _, closing in round_]
-    for width in sorted({span.width for _, span in spans}):
-        group = [(i, span) for i, span in spans if span.width == width]
-        stacked = [span for _, span in group]
-        sizes = [len(span.rows) for span in stacked]
-        slots = _slots(round_[group[0][0]][1], stacked[0])
-        detection = scorer.detect(
-            np.concatenate([s.values for s in stacked]),
-            np.full(sum(sizes), slots, np.int32),
-            np.concatenate([s.mean for s in stacked]),
-            np.concatenate([s.scale for s in stacked]),
-            np.concatenate([s.model_rows for s in stacked]),
-            np.concatenate([s.history for s in stacked]),
-        )
-        begin = 0
-        for (i, span), size in zip(group, sizes, strict=True):
-            end = begin + size
-            _put(scored[i], round_[i][1], span, detection, begin, end)
-            round_[i][0].keep_streams(span, detection.streams[begin:end])
-            begin = end
+    _detect(round_, spans, scorer, scored)
+    # Where something was learned in between, what follows is read with it.
+    spans = [(i, span) for i, (b, closing) in enumerate(round_) for span in b.rest(closing)]
+    _detect(round_, spans, scorer, scored)
     for (buffer, closing), result in zip(round_, scored, strict=True):
         _judge(buffer, closing, result, scorer.channels, config, verdicts)
 
 
-def _slots(closing: Closing, span: Span) -> int:
-    """How many slots of the closing the span covers: all from its first one on."""
-    return closing.first_slot + int(closing.present.shape[1]) - span.first_slot
+def _detect(
+    round_: list[tuple[PartitionBuffer, Closing]],
+    spans: list[tuple[int, Span]],
+    scorer: Scorer,
+    scored: list[_Scored],
+) -> None:
+    """Score spans (of closing i each), equally wide ones together."""
+    for width in sorted({span.width for _, span in spans}):
+        group = [(i, span) for i, span in spans if span.width == width]
+        stacked = [span for _, span in group]
+        detection = scorer.detect(
+            np.concatenate([s.values for s in stacked]),
+            np.concatenate([s.lengths for s in stacked]),
+            np.concatenate([s.mean for s in stacked]),
+            np.concatenate([s.scale for s in stacked]),
+            np.concatenate([s.model_rows for s in stacked]),
+            np.concatenate([s.history for s in stacked]),
+            [state for s in stacked for state in s.states],
+        )
+        begin = 0
+        for i, span in group:
+            end = begin + len(span.rows)
+            _put(scored[i], round_[i][1], span, detection, begin, end)
+            round_[i][0].keep_streams(span, detection.streams[begin:end])
+            begin = end
 
 
 def _blank(closing: Closing, channels: int) -> _Scored:
@@ -183,7 +190,7 @@ def _put(
         ),
         strict=True,
     ):
-        target[at, since:] = source[begin:end]
+        target[at, since : since + source.shape[1]] = source[begin:end]
 
 
 def _judge(

@@ -117,7 +117,7 @@ class Service:
             prime_until=resume.next_offset,
             prime_watermark_ms=metadata.watermark_ms,
         )
-        last = self._grid.closed_before(metadata.watermark_ms) - 1
+        last = self._grid.closed_before(metadata.watermark_ms) - self._grid.lag - 1
         # An offset that was set back by hand leaves snapshots behind that are of the future.
         fitting = [s for s in resume.snapshots if s.slot <= last and self._fits(s)]
         if len(fitting) < len(resume.snapshots):

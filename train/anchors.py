@@ -1,6 +1,7 @@
 """Anchors from history: one for all entities, or one for each, as held-out data want it."""
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, reduce
 from typing import NamedTuple
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.config import TrainConfig
-from train.data import Dataset, Moments, window_moments
+from train.data import Dataset
 from tsdiff.anchor import Anchor, fit_anchor, negative_log_likelihood
 from tsdiff.config import ModelConfig
+from tsdiff.moments import Moments, Sums, lag_sums
 from tsdiff.types import DoubleArray, FloatArray
 from tsdiff.windows import sliding
 
-# Windows of the pooled moments that an entity's own lean on: a day or so of minutes.
+# Slots of the pooled moments that an entity's own lean on: a day or so of minutes.
 LEANINGS = {"own": 0.0, "leaning": 2000.0}
 _JUDGES = 8  # entities that the choice is made with
 _WINDOWS = 256  # held-out windows of each
@@ -24,10 +26,12 @@ _WORTHWHILE = 0.01  # nats a cell by which own anchors must be better
 class Anchors(NamedTuple):
     """Stacked float32 anchors (A, N), (A, N, K), (A, N): A is 1, or R + 1 with the pooled one last.
 
-    `kind` is `pooled`, `own` or `leaning`; `losses` the held-out -log p of each in nats a cell.
+    `moments` are what each was fitted to: means (A, D) and lags (A, L, D, D). `kind` is `pooled`,
+    `own` or `leaning`; `losses` the held-out -log p of each in nats a cell.
     """
 
     parts: tuple[FloatArray, FloatArray, FloatArray]
+    moments: tuple[FloatArray, FloatArray]
     rank: int
     kind: str
     losses: dict[str, float]
@@ -42,24 +46,30 @@ def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
     model = config.model
     length, floor = model.anchor_window, model.noise_floor
     fitting = [series[:at] for series, at in zip(dataset.series, dataset.split, strict=True)]
-    everything = window_moments(fitting, length)
     several = 1 < len(fitting) <= config.most_anchors
-    own = [window_moments([part], length) for part in fitting] if several else []
-    # No more directions than the data can show: half the cells, an eighth of the windows.
-    fewest = min([everything.number, *(moments.number for moments in own)])
-    rank = max(1, min(model.rank, len(everything.mean) // 2, fewest // 8))
+    sums = [lag_sums(part, length, np.ones(len(part), bool)) for part in fitting]
+    own = [each.moments() for each in sums] if several else []
+    everything = reduce(Sums.plus, sums).moments()
+    # No more directions than the data can show: half the cells, an eighth of the slots.
+    slots = [len(part) for part in fitting]
+    fewest = min(slots) if several else sum(slots)
+    rank = max(1, min(model.rank, length * len(dataset.channels) // 2, fewest // 8))
 
     def fit(moments: Moments) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
-        return fit_anchor(moments.mean, moments.covariance, rank, floor)
+        return fit_anchor(np.tile(moments.mean, length), moments.covariance(), rank, floor)
 
     pooled = fit(everything)
     if not several:
-        return Anchors(_stack([pooled]), rank, "pooled", {})
+        return Anchors(_stack([pooled]), _moments([everything]), rank, "pooled", {})
     judges = np.unique(np.linspace(0, len(own) - 1, min(len(own), _JUDGES)).round()).astype(int)
+
+    def moments_of(kind: str, row: int) -> Moments:
+        leaning = LEANINGS[kind]
+        return own[row].leaning_on(everything, leaning / (slots[row] + leaning))
 
     @cache  # who judged need not be fitted again
     def fit_own(kind: str, row: int) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
-        return fit(own[row].leaning_on(everything, LEANINGS[kind]))
+        return fit(moments_of(kind, row))
 
     losses = {
         kind: float(
@@ -74,9 +84,20 @@ def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
     }
     best = min(losses, key=lambda kind: losses[kind])
     if losses[best] > losses["pooled"] - _WORTHWHILE:
-        return Anchors(_stack([pooled]), rank, "pooled", losses)
-    fitted = [fit_own(best, row) for row in range(len(own))]
-    return Anchors(_stack([*fitted, pooled]), rank, best, losses)
+        return Anchors(_stack([pooled]), _moments([everything]), rank, "pooled", losses)
+    rows = range(len(own))
+    return Anchors(
+        _stack([*(fit_own(best, row) for row in rows), pooled]),
+        _moments([*(moments_of(best, row) for row in rows), everything]),
+        rank,
+        best,
+        losses,
+    )
+
+
+def _moments(each: Sequence[Moments]) -> tuple[FloatArray, FloatArray]:
+    mean, lags = (np.stack(parts).astype(np.float32) for parts in zip(*each, strict=True))
+    return mean, lags
 
 
 def _stack(

@@ -1,11 +1,13 @@
 """Held-out normal data -> tails, bands and the held-out metrics that go into the bundle."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from train.data import Dataset
 from tsdiff import calibration, scorers
@@ -20,7 +22,33 @@ _Z90 = 1.645
 _PRIOR_CELLS = 200.0
 
 
+# Samples are padded to a multiple of so many slots: each length would be compiled for once more.
+_PADDED = 2048
+
 _read = jax.jit(read_spans, static_argnames=("reader", "missing"))
+_joint = jax.jit(calibration.joint_evidence)
+
+
+def _padded(sample: FloatArray) -> FloatArray:
+    widths = [(0, -len(sample) % _PADDED)] + [(0, 0)] * (sample.ndim - 1)
+    return np.pad(sample, widths, mode="edge")
+
+
+@partial(jax.jit, static_argnames=("half_life", "behind", "lag"))
+def _scales(
+    streams: Array, coverage: Array, neutral: Array, half_life: float, behind: int, lag: int
+) -> Array:
+    """Streams (N, S) at both time scales, (N - behind - lag, C)."""
+    settled = scorers.settle(streams, coverage, neutral)
+    long = scorers.smooth(settled[None], neutral, half_life, behind, lag)[0]
+    return jnp.concatenate([settled[behind : len(settled) - lag], long], 1)
+
+
+@jax.jit
+def _combined(sample: Array, knots: Array, slope: Array) -> Array:
+    """Combine the evidence of streams (N, C) as each scorer does, (J, N)."""
+    evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
+    return jnp.stack([calibration.combine(evidence, name)[0] for name in calibration.SCORERS])
 
 
 class Fitted(NamedTuple):
@@ -64,91 +92,92 @@ def read_held_out(
 
 
 def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
-    """Fit the tails of every stream and of their combination, row by row and pooled."""
+    """Fit the tails of every stream and of their combination, lag by lag, row by row and pooled."""
     config = reader.config
     held_out = read_held_out(model, dataset, reader)
-    skip = config.smoothing - 1
     several = model.anchors.noisy.mean.shape[0] > 1
     unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
     neutral = _rows([np.median(_covered(part), 0) for part in held_out], unknown)
 
-    def scales(part: _HeldOut, row: int) -> FloatArray:
-        """Streams at both time scales, (N, C)."""
+    def scales(part: _HeldOut, row: int, lag: int) -> FloatArray:
+        """Streams at both time scales, (N, C), of the slots that have all neighbours needed."""
         own = neutral[row][None]
-        streams = scorers.settle(part.readings.streams, part.readings.coverage, own)
-        history = jnp.full((1, skip, own.shape[-1]), jnp.nan)
-        long = scorers.smooth(history, streams[None], jnp.asarray(own), config.smoothing_half_life)[
-            0
-        ]
-        return np.concatenate([np.asarray(streams), np.asarray(long)], 1)[skip:]
+        behind, number = config.smoothing - 1, len(part.z)
+        streams, coverage = (_padded(np.asarray(each)) for each in part.readings[:2])
+        found = _scales(streams, coverage, own, config.smoothing_half_life, behind, lag)
+        return np.asarray(found)[: number - behind - lag]
 
-    values = [scales(part, row) for row, part in enumerate(held_out)]
-    pooled = np.concatenate(
-        [scales(part, -1 if several else row) for row, part in enumerate(unknown)]
-    )
-    knots = np.stack(
-        [[calibration.fit_knots(column) for column in sample.T] for sample in [*values, pooled]]
-    )
-    # A row's own exceedances are few: its tail's exponent leans on all rows' together.
-    exponent = [
-        calibration.fit_slope(column, last)
-        for column, last in zip(pooled.T, knots[-1, :, -1], strict=True)
-    ]
-    slope = np.array(
-        [
-            [
-                calibration.fit_slope(column, last, 1.0 / (np.log(10.0) * prior))
-                for column, last, prior in zip(sample.T, knots[row, :, -1], exponent, strict=True)
-            ]
-            for row, sample in enumerate([*values, pooled])
-        ],
-        np.float32,
-    )
-
-    def combined(sample: FloatArray, row: int) -> list[FloatArray]:
-        """Of every scorer, (N,)."""
-        evidence = calibration.stream_evidence(
-            jnp.asarray(sample)[None], knots[row][None], slope[row][None]
+    each = [
+        _fit_tails(
+            [scales(part, row, lag) for row, part in enumerate(held_out)],
+            np.concatenate(
+                [scales(part, -1 if several else row, lag) for row, part in enumerate(unknown)]
+            ),
         )
-        return [np.asarray(calibration.combine(evidence, name)[0]) for name in calibration.SCORERS]
-
-    joint = [combined(sample, row) for row, sample in enumerate([*values, pooled])]
-    joint_knots = np.stack(
-        [[calibration.fit_knots(sample) for sample in samples] for samples in joint]
-    )
-    joint_slope = np.array(
-        [
-            [
-                calibration.fit_joint_slope(sample, last)
-                for sample, last in zip(samples, knots[:, -1], strict=True)
-            ]
-            for samples, knots in zip(joint, joint_knots, strict=True)
-        ],
-        np.float32,
-    )
-    tables = Calibration(
-        *(jnp.asarray(part) for part in (neutral, knots, slope, joint_knots, joint_slope))
-    )
-    band_scale, coverage = _fit_bands(held_out, skip)
-    evidence = np.concatenate(
-        [
-            np.asarray(
-                calibration.joint_evidence(
-                    jnp.asarray(samples[0])[None],
-                    tables.joint_knots[row : row + 1, 0],
-                    tables.joint_slope[row : row + 1, 0],
-                )
-            )[0]
-            for row, samples in enumerate(joint[:-1])
-        ]
-    )
+        for lag in calibration.LAGS
+    ]
+    by_lag = zip(*(tails for tails, _ in each), strict=True)
+    tables = Calibration(jnp.asarray(neutral), *(jnp.stack(parts, 1) for parts in by_lag))
+    evidence = each[0][1]
+    band_scale, coverage = _fit_bands(held_out, config.smoothing - 1)
     metrics = {
-        "held_out_slots": float(len(pooled)),
+        "held_out_slots": float(len(evidence)),
         "band_coverage": coverage,
         "share_above_evidence_3": float((evidence > 3.0).mean()),
         "largest_evidence": float(evidence.max()),
     }
     return Fitted(tables, band_scale, metrics)
+
+
+class _Tails(NamedTuple):
+    """Of one lag: (R+1, C, Q), (R+1, C), (R+1, J, Q), (R+1, J)."""
+
+    knots: FloatArray
+    slope: FloatArray
+    joint_knots: FloatArray
+    joint_slope: FloatArray
+
+
+def _fit_tails(own: Sequence[FloatArray], pooled: FloatArray) -> tuple[_Tails, FloatArray]:
+    """Tails of samples (N, C), and the evidence of all `own` ones by the default scorer."""
+    samples = [*own, pooled]
+    knots = np.stack([[calibration.fit_knots(column) for column in each.T] for each in samples])
+    # A row's own exceedances are few: its tail's exponent leans on all rows' together.
+    prior = [
+        1.0 / (np.log(10.0) * calibration.fit_slope(column, last))
+        for column, last in zip(pooled.T, knots[-1, :, -1], strict=True)
+    ]
+    slope = np.array(
+        [
+            [
+                calibration.fit_slope(column, last, excess)
+                for column, last, excess in zip(each.T, knots[row, :, -1], prior, strict=True)
+            ]
+            for row, each in enumerate(samples)
+        ],
+        np.float32,
+    )
+    joint = [
+        np.asarray(_combined(_padded(each), knots[row], slope[row]))[:, : len(each)]
+        for row, each in enumerate(samples)
+    ]
+    joint_knots = np.stack([[calibration.fit_knots(sample) for sample in row] for row in joint])
+    joint_slope = np.array(
+        [
+            [
+                calibration.fit_joint_slope(sample, last)
+                for sample, last in zip(row, rest[:, -1], strict=True)
+            ]
+            for row, rest in zip(joint, joint_knots, strict=True)
+        ],
+        np.float32,
+    )
+    found = [
+        np.asarray(_joint(_padded(each[0])[None], joint_knots[row, :1], joint_slope[row, :1]))
+        for row, each in enumerate(joint[:-1])
+    ]
+    found = [each[0, : len(own[row])] for row, each in enumerate(found)]
+    return _Tails(knots, slope, joint_knots, joint_slope), np.concatenate(found)
 
 
 def _covered(part: _HeldOut) -> FloatArray:

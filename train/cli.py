@@ -197,12 +197,12 @@ def inspect(
         raise ConfigError(f"expected --output in a folder that exists, got {output}")
     require_matplotlib()
     from train.inspection import (  # noqa: PLC0415  (JAX is slow to import; --help is not)
-        SHAPES,
         choose_entity,
         inspect_moment,
         parse_moment,
     )
     from tsdiff.detector import Detector  # noqa: PLC0415
+    from tsdiff.series import SHAPES  # noqa: PLC0415
 
     period_ms = loaded.period_ms
     at_ms = parse_moment(at, period_ms)
@@ -212,7 +212,7 @@ def inspect(
     for warning in history.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     chosen = choose_entity(history, entity)
-    detector = Detector(loaded, shapes=SHAPES)
+    detector = Detector(loaded, shapes=SHAPES, adapt="auto")
     found = inspect_moment(detector, loaded, chosen, at_ms, around_ms=around_ms, channels=channels)
     path = output or Path(_file_name(chosen.entity, at))
     save_picture(found.picture, path)

@@ -1,4 +1,4 @@
-"""History -> series on the grid, split in time, with statistics; and window moments for the anchor.
+"""History -> series on the grid, split in time, with statistics.
 
 Takes any object shaped like `tsdiff.history.History`, so that a demo can train from memory.
 """
@@ -6,7 +6,7 @@ Takes any object shaped like `tsdiff.history.History`, so that a demo can train 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,9 @@ from numpy.typing import NDArray
 from train.config import TrainConfig
 from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
-from tsdiff.normalize import Statistics, fit_statistics
-from tsdiff.types import DoubleArray, FloatArray
-from tsdiff.windows import sliding, to_grid
-
-# Windows the anchor's covariance is made of; more would cost time and change nothing.
-_MOST_WINDOWS = 40_000
-_CHUNK = 4096
+from tsdiff.normalize import Statistics, fit_statistics, normalize
+from tsdiff.types import FloatArray
+from tsdiff.windows import to_grid
 
 
 class EntitySeries(Protocol):
@@ -114,11 +110,8 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
     statistics = fit_statistics(fitting, config.model.scale_floor)
     series = []
     for row, grid in enumerate(grids):
-        z = (grid - statistics.mean[row]) / statistics.scale[row]
-        size = np.abs(z)
-        clip = config.model.clip
-        beyond = np.sign(z) * (clip + np.log1p(np.maximum(size - clip, 0)))
-        series.append(np.where(size > clip, beyond, z).astype(np.float32))
+        z = normalize(grid, statistics.mean[row], statistics.scale[row], config.model.clip)
+        series.append(z.astype(np.float32))
     return Dataset(
         channels=tuple(history.channels),
         entities=tuple(entity.entity for entity in history.entities),
@@ -127,57 +120,3 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         statistics=statistics,
         fingerprint=digest.hexdigest(),
     )
-
-
-class Moments(NamedTuple):
-    """First and second moments of flattened windows: (N,), (N, N), and how many windows."""
-
-    mean: DoubleArray
-    products: DoubleArray
-    number: int
-
-    @property
-    def covariance(self) -> DoubleArray:
-        """About the mean, (N, N)."""
-        # Taken about zero first: in normalised units the mean is small and nothing cancels.
-        covariance = self.products - np.outer(self.mean, self.mean)
-        np.fill_diagonal(covariance, np.maximum(np.diag(covariance), 0.0))
-        return covariance
-
-    def leaning_on(self, pooled: "Moments", windows: float) -> "Moments":
-        """Own moments as if `windows` windows of the pooled ones had been seen besides."""
-        weight = self.number / (self.number + windows)
-        return Moments(
-            weight * self.mean + (1.0 - weight) * pooled.mean,
-            weight * self.products + (1.0 - weight) * pooled.products,
-            self.number,
-        )
-
-
-def window_moments(parts: Sequence[FloatArray], length: int) -> Moments:
-    """Moments of the windows of `length` slots of all `parts` (N_e, D) together.
-
-    Missing cells are left out pair by pair. Windows of all parts count alike.
-    """
-    available = sum(len(part) - length + 1 for part in parts)
-    stride = -(-available // _MOST_WINDOWS)
-    cells = length * parts[0].shape[1]
-    total, count = np.zeros(cells), np.zeros(cells)
-    products, pairs = np.zeros((cells, cells)), np.zeros((cells, cells))
-    number = 0
-    for part in parts:
-        view = sliding(part, length, stride)
-        for start in range(0, len(view), _CHUNK):
-            window = np.asarray(view[start : start + _CHUNK]).reshape(-1, cells)
-            observed = np.isfinite(window).astype(np.float32)
-            filled = np.nan_to_num(window)
-            number += len(window)
-            total += filled.sum(0, dtype=np.float64)
-            count += observed.sum(0, dtype=np.float64)
-            products += filled.T @ filled
-            pairs += len(window) if observed.all() else observed.T @ observed
-    mean = total / np.maximum(count, 1)
-    # A pair hardly ever seen together says nothing about how the two go together.
-    seldom = pairs < 0.01 * number
-    products = np.where(seldom, np.outer(mean, mean), products / np.maximum(pairs, 1))
-    return Moments(mean, products, number)

@@ -29,10 +29,11 @@ from train.metrics import (
 )
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS, evidence_threshold
-from tsdiff.config import NetworkConfig
-from tsdiff.detector import HISTORY_SHAPES, Detector
+from tsdiff.config import Adapt, NetworkConfig
+from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError
 from tsdiff.history import History
+from tsdiff.series import SHAPES, score_series
 from tsdiff.types import FloatArray
 
 OURS = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
@@ -51,6 +52,8 @@ class Settings:
     shared: bool = True
     network: bool = True
     stress: bool = False
+    adapt: Adapt = "auto"
+    lag: int = 0
     false_alarms_per_entity_week: float = 1.0
 
     def __post_init__(self) -> None:
@@ -84,31 +87,31 @@ Find = Callable[[Entity, FloatArray], Scored]
 # -- fitting and scoring ------------------------------------------------------------------------
 
 
-def score_series(
+def score_ours(
     detector: Detector, entity: str, past: FloatArray | None, values: FloatArray
 ) -> Scored:
-    """Score a series (T, D) on the grid in one go, in order; `past` (N, D) is what precedes it.
+    """Score a series (T, D) on the grid, in order; `past` (N, D) is what precedes it.
 
     The window and the stream history of the first slots come from `past`; without one they are
     empty, as when the service meets an entity for the first time.
     """
-    row = detector.row(entity)
-    mean, scale = detector.statistics(row)
-    before = detector.window - 1
-    warm = detector.history if past is not None else 0
-    tail = values[:0] if past is None else past[max(len(past) - before - warm, 0) :]
-    empty = np.full((before + warm - len(tail), values.shape[1]), np.nan, np.float32)
-    span = np.concatenate([empty, tail, values])
-    found = detector.detect(
-        span[None],
-        np.array([len(values) + warm]),
-        mean[None],
-        scale[None],
-        np.array([row]),
-        np.full((1, detector.history, detector.streams), np.nan, np.float32),
+    before = values[:0] if past is None else past
+    # What fills the first window and the first smoothed value.
+    before = before[max(len(before) - detector.window + 1 - detector.history, 0) :]
+    series = np.concatenate([before, values])
+    mean, scale = detector.statistics(detector.row(entity))
+    found = score_series(
+        detector,
+        entity,
+        series,
+        mean=mean,
+        scale=scale,
+        numbers=np.arange(len(series)),
+        first=max(len(before) - detector.history, 0),
+        start=len(before),
     )
-    evidence = np.nan_to_num(found.evidence[0, warm:])
-    return Scored(evidence, evidence, found.contribution[0, warm:])
+    evidence = np.nan_to_num(found.evidence)
+    return Scored(evidence, evidence, found.contribution)
 
 
 @lru_cache(maxsize=4)
@@ -130,7 +133,9 @@ def _bundles(labelled: LabelledSet, settings: Settings, seed: int) -> Mapping[st
 def _fit_ours(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Find:
     bundles = _bundles(labelled, settings, seed)
     detectors = {
-        version: Detector(bundle, shapes=HISTORY_SHAPES, scorer=OURS[name])
+        version: Detector(
+            bundle, shapes=SHAPES, scorer=OURS[name], lag=settings.lag, adapt=settings.adapt
+        )
         for version, bundle in {each.version: each for each in bundles.values()}.items()
     }
 
@@ -138,7 +143,7 @@ def _fit_ours(name: str, labelled: LabelledSet, settings: Settings, seed: int) -
         past = entity.past if entity.test is not None and entity.test.goes_on else None
         # The names in a bundle are those of the history it was trained on.
         detector = detectors[bundles[entity.name].version]
-        return score_series(detector, entity.history.entity, past, values)
+        return score_ours(detector, entity.history.entity, past, values)
 
     return find
 

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tsdiff.config import Adapt
 from tsdiff.durations import parse_duration_ms
 from tsdiff.errors import ConfigError
 
@@ -56,6 +57,12 @@ def evaluate(
     network: Annotated[
         bool, typer.Option("--network/--no-network", help="Train a network beside the anchor.")
     ] = True,
+    adapt: Annotated[
+        Adapt, typer.Option(help="What our detectors go on learning from the test part.")
+    ] = "auto",
+    lag: Annotated[
+        int, typer.Option(help="Slots after a slot that our detectors may see: 0, 3, 7 or 15.")
+    ] = 0,
     stress: Annotated[
         bool, typer.Option("--stress", help="Also spoil the data, and say what is kept.")
     ] = False,
@@ -97,6 +104,8 @@ def evaluate(
         shared=shared,
         network=network,
         stress=stress,
+        adapt=adapt,
+        lag=lag,
         false_alarms_per_entity_week=false_alarms,
     )
     if out is not None and not out.resolve().parent.is_dir():

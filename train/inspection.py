@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from train.picture import Panel, Picture
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import evidence_threshold
-from tsdiff.detector import Detection, Detector
+from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, HistoryError
 from tsdiff.explain import NAMED, Deviation, Event, moment_text, paragraph
 from tsdiff.history import STEP_LIMIT, EntityHistory, History
+from tsdiff.series import score_series
 from tsdiff.types import FloatArray
 from tsdiff.windows import to_grid
 
@@ -29,8 +30,6 @@ from tsdiff.windows import to_grid
 _FALSE_ALARMS_PER_ENTITY_WEEK = 1.0
 _GAP_SLOTS = 5
 _NEWCOMER_SLOTS = 256
-# One entity at a time; longer than the service's, since all slots are there at once.
-SHAPES = ((1, 256),)
 _REACH_SLOTS = 256  # how far to look around the moment at first; doubled while a stretch goes on
 _LEAST_MARGIN, _MOST_DRAWN = 45, 4000  # slots
 _FURTHEST = 10.0  # usual errors that count: one wild reading does not outweigh an hour
@@ -193,33 +192,28 @@ def _told(series: Series, number: int, period_ms: int) -> str:
 
 def score_stretch(detector: Detector, series: Series, start: int, stop: int) -> Scores:
     """Score the slots at positions `start` to before `stop`."""
-    # The slots before give the long time scale its history; they are scored and left out.
-    begin = max(start - detector.history, 0)
-    span = stop - begin
-    values = np.full((detector.window - 1 + span, series.values.shape[1]), np.nan, np.float32)
-    known = series.values[max(begin - detector.window + 1, 0) : stop]
-    values[len(values) - len(known) :] = known
-    found: Detection = detector.detect(
-        values[None],
-        np.array([span], np.int32),
-        series.mean[None],
-        series.scale[None],
-        np.array([series.row], np.int32),
-        np.full((1, detector.history, detector.streams), np.nan, np.float32),
+    found = score_series(
+        detector,
+        series.entity,
+        series.values[:stop],
+        mean=series.mean,
+        scale=series.scale,
+        numbers=series.numbers[:stop],
+        first=series.first,
+        start=start,
     )
-    kept = slice(start - begin, None)
     heard = np.isfinite(series.values[start:stop]).any(axis=1)
-    evidence = np.where(heard, found.evidence[0, kept], np.nan).astype(np.float32)
+    evidence = np.where(heard, found.evidence, np.nan).astype(np.float32)
     threshold = evidence_threshold(_FALSE_ALARMS_PER_ENTITY_WEEK, detector.period_ms)
     return Scores(
         start=start,
         stop=stop,
         evidence=evidence,
         anomaly_score=(evidence / threshold).astype(np.float32),
-        expected=found.expected[0, kept],
-        lower=found.lower[0, kept],
-        upper=found.upper[0, kept],
-        contribution=found.contribution[0, kept],
+        expected=found.expected,
+        lower=found.lower,
+        upper=found.upper,
+        contribution=found.contribution,
     )
 
 

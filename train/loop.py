@@ -171,6 +171,7 @@ def _assemble(
     arrays: dict[str, np.ndarray] = dict(
         zip(("anchor.mean", "anchor.loadings", "anchor.noise"), anchors.parts, strict=True)
     )
+    arrays.update(zip(("moments.mean", "moments.lags"), anchors.moments, strict=True))
     for name in ("mean", "scale", "spread"):
         arrays[f"statistics.{name}"] = getattr(dataset.statistics, name)
     for name, table in fitted.calibration._asdict().items():

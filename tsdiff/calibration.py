@@ -19,6 +19,8 @@ from tsdiff.types import FloatArray
 
 SCORERS = ("hybrid", "reconstruction", "density")
 """Readings of the model that a bundle is calibrated for; the first is the default."""
+LAGS = (0, 3, 7, 15)
+"""Lags in slots that a bundle is calibrated for: how much of what follows a slot may be seen."""
 KNOTS = 33
 TAIL = 0.02  # probability beyond the last knot: with a day of minutes, 30 exceedances to fit
 _TAIL_EVIDENCE = -math.log10(TAIL)
@@ -49,10 +51,10 @@ def evidence_threshold(false_alarms_per_entity_week: float, period_ms: int) -> f
 class Calibration(NamedTuple):
     """Tails per row (R entities, then the pooled row) and stream; C = 2S: short, then long scale.
 
-    `neutral` (R+1, S) median of each stream; `knots` (R+1, C, Q) values at evenly spaced evidence
-    from 0 to that of the 98th percentile; `slope` (R+1, C) evidence per log of the stream beyond;
-    `joint_knots` (R+1, J, Q) and `joint_slope` (R+1, J) the same for the combination of each of
-    the J `SCORERS`.
+    `neutral` (R+1, S) median of each stream; for each of the V `LAGS`: `knots` (R+1, V, C, Q)
+    values at evenly spaced evidence from 0 to that of the 98th percentile; `slope` (R+1, V, C)
+    evidence per log of the stream beyond; `joint_knots` (R+1, V, J, Q) and `joint_slope`
+    (R+1, V, J) the same for the combination of each of the J `SCORERS`.
     """
 
     neutral: Array

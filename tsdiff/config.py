@@ -1,8 +1,12 @@
 """Frozen settings of the model. They are stored in the bundle; nothing here is read at run time."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tsdiff.errors import ConfigError
+
+Adapt = Literal["auto", "none", "level", "full"]
+"""What an entity goes on learning (`tsdiff.adapt`)."""
 
 
 @dataclass(frozen=True)

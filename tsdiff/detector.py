@@ -20,8 +20,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from tsdiff import calibration, scorers
+from tsdiff.adapt import make_adaptation
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import Calibration
+from tsdiff.config import Adapt
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
@@ -44,10 +46,10 @@ _Z90 = 1.645  # half-width of a 90 % band in standard deviations
 class Detection(NamedTuple):
     """What `Detector.detect` returns, NumPy float32; rows past an entity's length are NaN.
 
-    `evidence` (E, T) is -log10 of the tail probability; `streams` (E, T, S) is to be kept as
-    history; `expected`, `lower`, `upper` (E, T, D) are in raw units, a 90 % band; `contribution`
-    (E, T, D) sums to 1 over the observed channels; `imputed_ratio` (E, T) is the share of missing
-    cells of the slot.
+    `evidence` (E, T) is -log10 of the tail probability; `streams` (E, T, S), of the slots `lag`
+    later, is to be kept as history; `expected`, `lower`, `upper` (E, T, D) are in raw units, a 90 %
+    band; `contribution` (E, T, D) sums to 1 over the observed channels; `imputed_ratio` (E, T) is
+    the share of missing cells of the slot.
     """
 
     evidence: FloatArray
@@ -62,7 +64,8 @@ class Detection(NamedTuple):
 class Tables(NamedTuple):
     """Arrays of the bundle beside the model: calibration and band scale (R+1, D).
 
-    The calibration's joint tables are those of the chosen scorer: (R+1, Q) and (R+1,).
+    The calibration's tables are those of the chosen lag, (R+1, C, Q) and (R+1, C), the joint ones
+    of the chosen scorer, too: (R+1, Q) and (R+1,).
     """
 
     calibration: Calibration
@@ -100,23 +103,35 @@ def detect_spans(
     *,
     reader: Reader,
     scorer: str,
+    lag: int,
     missing: int | None,
 ) -> Traced:
-    """Score the last T = M - W + 1 slots of every entity: the function that is compiled."""
+    """Score T = M - W + 1 - lag slots of every entity: the function that is compiled.
+
+    A slot's streams are read from the window that ends at it, whatever the lag; what follows it
+    counts in the long time scale.
+    """
     fitted, config = tables.calibration, reader.config
     centre, unit = mean[:, None, :], scale[:, None, :]
     z = normalize(values, centre, unit, config.clip)
-    read = read_spans(model, z, rows, reader, missing=missing)
+    last = z.shape[1] - lag
+    read = read_spans(model, z[:, lag:], rows, reader, missing=missing)
     neutral = fitted.neutral[rows]
     streams = scorers.settle(read.streams, read.coverage, neutral[:, None, :])
     streams = jnp.where(jnp.isfinite(streams), streams, neutral[:, None, :])
-    long = scorers.smooth(history, streams, neutral, config.smoothing_half_life)
+    behind = config.smoothing - 1
+    known = jnp.concatenate([history, streams], 1)
+    long = scorers.smooth(known, neutral, config.smoothing_half_life, behind, lag)
+    short = known[:, behind : known.shape[1] - lag]
+    short = jnp.where(jnp.isnan(short), neutral[:, None, :], short)
     evidence = calibration.stream_evidence(
-        jnp.concatenate([streams, long], -1), fitted.knots[rows], fitted.slope[rows]
+        jnp.concatenate([short, long], -1), fitted.knots[rows], fitted.slope[rows]
     )
+    if lag:
+        read = read_spans(model, z[:, :last], rows, reader, missing=missing)
     combined = calibration.combine(evidence, scorer)
     joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
-    z = z[:, config.window - 1 :]
+    z = z[:, config.window - 1 : last]
     observed = jnp.isfinite(z)
     half_width = read.sd * tables.band_scale[rows][:, None, :]
     raw = partial(denormalize, mean=centre, scale=unit, clip=config.clip)
@@ -155,8 +170,10 @@ class Detector:
     Attributes:
         bundle: what it was built from.
         scorer: how the readings are combined, one of `calibration.SCORERS`.
+        lag: slots after a slot that must be known before it is scored, one of `calibration.LAGS`.
+        adaptation: how entities go on learning from their readings, if they do.
         window: slots of raw history a slot needs, itself included (W).
-        history: earlier slots whose stream values the long time scale needs (P - 1).
+        history: slots before the newest one whose streams are needed (H).
         streams: raw stream values per slot that are kept as history (S).
         longest_span: slots of an entity that one call of the compiled function can score.
         compilations: how often the function has been traced.
@@ -169,18 +186,19 @@ class Detector:
         *,
         shapes: Sequence[tuple[int, int]] = SHAPES,
         scorer: str = calibration.SCORERS[0],
+        lag: int = 0,
+        adapt: Adapt = "none",
     ) -> None:
-        if scorer not in calibration.SCORERS:
-            raise ConfigError(
-                f"expected a scorer of {', '.join(calibration.SCORERS)}, got {scorer!r}"
-            )
+        _one_of("a scorer", scorer, calibration.SCORERS)
+        _one_of("a lag", lag, calibration.LAGS)
         self.bundle = bundle
         self.scorer = scorer
+        self.lag = lag
         self.channels = bundle.channels
         self.period_ms = bundle.period_ms
         self._config = bundle.manifest.model
         self.window = self._config.window
-        self.history = self._config.smoothing - 1
+        self.history = self._config.smoothing - 1 + lag
         self.compilations = 0
         self._batches = {
             span: tuple(sorted(batch for batch, of in shapes if of == span))
@@ -198,15 +216,18 @@ class Detector:
                     for name in Calibration._fields
                 )
             )
-            of_scorer = calibration.SCORERS.index(scorer)
+            of_lag, of_scorer = calibration.LAGS.index(lag), calibration.SCORERS.index(scorer)
             self._tables = Tables(
                 fitted._replace(
-                    joint_knots=fitted.joint_knots[:, of_scorer],
-                    joint_slope=fitted.joint_slope[:, of_scorer],
+                    knots=fitted.knots[:, of_lag],
+                    slope=fitted.slope[:, of_lag],
+                    joint_knots=fitted.joint_knots[:, of_lag, of_scorer],
+                    joint_slope=fitted.joint_slope[:, of_lag, of_scorer],
                 ),
                 jnp.asarray(_float(bundle, "band_scale")),
             )
             self._model, self._reader = build_model(bundle)
+            self.adaptation = make_adaptation(adapt, bundle, self._model)
         except KeyError as error:
             raise BundleError(
                 f"bundle {bundle.manifest.name} lacks the array {error}; train it again"
@@ -237,6 +258,7 @@ class Detector:
             history,
             reader=self._reader,
             scorer=self.scorer,
+            lag=self.lag,
             missing=missing,
         )
 
@@ -278,7 +300,7 @@ class Detector:
             found = self._jitted.lower(
                 self._model,
                 self._tables,
-                _shape(batch, self.window - 1 + span, channels),
+                _shape(batch, self.window - 1 + span + self.lag, channels),
                 _shape(batch, channels),
                 _shape(batch, channels),
                 _shape(batch, dtype=np.int32),
@@ -298,7 +320,8 @@ class Detector:
         *,
         missing: int | None,
     ) -> Detection:
-        call = self._executable((len(values), values.shape[1] - self.window + 1, missing))
+        span = values.shape[1] - self.window + 1 - self.lag
+        call = self._executable((len(values), span, missing))
         found = call(self._model, self._tables, values, mean, scale, rows, history)
         return Detection(*(np.asarray(part) for part in found))
 
@@ -310,13 +333,15 @@ class Detector:
         scale: FloatArray,
         rows: IntArray,
         history: FloatArray,
+        states: Sequence[FloatArray | None] | None = None,
     ) -> Detection:
         """Score the last slots of E entities; the result does not depend on cuts or batches.
 
-        `values` (E, W-1+T, D) are raw, NaN = missing; entity e's scored slots are rows W-1 to
-        W-1+lengths[e]-1, what follows is padding. `mean`, `scale` (E, D) are its statistics, `rows`
-        (E,) its row (-1: pooled), `history` (E, P-1, S) the streams of the slots before the span,
-        oldest first, NaN = none.
+        `values` (E, W-1+T+lag, D) are raw, NaN = missing; entity e's scored slots are rows W-1 to
+        W-1+lengths[e]-1, what follows the `lag` slots after them is padding. `mean`, `scale` (E, D)
+        are its statistics, `rows` (E,) its row (-1: pooled), `history` (E, H, S) the streams of the
+        slots before those that this call reads anew, oldest first, NaN = none; `states` what each
+        entity has learned so far (`Adaptation.learn`), None = nothing.
 
         Raises:
             ValueError: an argument has a shape other than these.
@@ -326,11 +351,14 @@ class Detector:
         lengths, rows = np.asarray(lengths, np.int32), np.asarray(rows, np.int32)
         mean, scale = np.asarray(mean, np.float32), np.asarray(scale, np.float32)
         self._check(values, lengths, mean, scale, rows, history)
-        entities, span = len(values), values.shape[1] - self.window + 1
+        if self.adaptation is not None:
+            known = [None] * len(rows) if states is None else states
+            self._model, mean = self.adaptation.prepare(self._model, rows, mean, scale, known)
+        entities, span = len(values), values.shape[1] - self.window + 1 - self.lag
         result = self._empty(entities, span)
         history = np.array(history, np.float32)
         for start, length, size in _plan(span, tuple(self._batches)):
-            piece = values[:, start : start + self.window - 1 + length]
+            piece = values[:, start : start + self.window - 1 + length + self.lag]
             most = self._most_missing(piece, lengths - start)
             kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
             alive = lengths > start
@@ -349,7 +377,7 @@ class Detector:
                     for whole, part in zip(result, found, strict=True):
                         whole[index, start : start + length] = part[:count, :length]
             recent = np.concatenate([history, result.streams[:, start : start + length]], 1)
-            history = recent[:, recent.shape[1] - self.history :]
+            history = recent[:, length:]
         beyond = np.arange(span) >= lengths[:, None]
         for whole in result:
             whole[beyond] = np.nan
@@ -361,7 +389,7 @@ class Detector:
         cells = np.count_nonzero(~np.isfinite(values[:, self.window - length :]), axis=2)
         windows = np.lib.stride_tricks.sliding_window_view(cells, length, axis=1).sum(2)
         # Padding after an entity's own length does not make its windows incomplete.
-        own = np.arange(windows.shape[1]) < lengths[:, None]
+        own = np.arange(windows.shape[1]) < lengths[:, None] + self.lag
         most: NDArray[np.int64] = np.where(own, windows, 0).max(1)
         return most
 
@@ -382,9 +410,10 @@ class Detector:
         history: FloatArray,
     ) -> None:
         entities, channels = len(values), len(self.channels)
-        if values.ndim != 3 or values.shape[1] < self.window or values.shape[2] != channels:
+        fewest = self.window + self.lag
+        if values.ndim != 3 or values.shape[1] < fewest or values.shape[2] != channels:
             raise ValueError(
-                f"expected values of shape (E, {self.window} - 1 + T, {channels}) with T >= 1, "
+                f"expected values of shape (E, {fewest} - 1 + T, {channels}) with T >= 1, "
                 f"got {values.shape}"
             )
         wanted = {
@@ -397,6 +426,11 @@ class Detector:
         for name, (array, shape) in wanted.items():
             if array.shape != shape:
                 raise ValueError(f"expected {name} of shape {shape}, got {array.shape}")
+
+
+def _one_of(what: str, given: object, allowed: Sequence[object]) -> None:
+    if given not in allowed:
+        raise ConfigError(f"expected {what} of {', '.join(map(str, allowed))}, got {given!r}")
 
 
 def _shape(*shape: int, dtype: type = np.float32) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,13 @@
 # ruff: noqa: F722
-"""Per-channel statistics: fitted in NumPy, applied and inverted inside the compiled function."""
+"""Per-channel statistics: fitted in NumPy, applied and inverted inside the compiled function.
+
+Readings are also normalised outside of it, to learn from them: what is given as NumPy arrays comes
+back as such, by the same formula.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +16,19 @@ from jaxtyping import Float
 
 from tsdiff.types import DoubleArray, FloatArray
 
+_Either = TypeVar("_Either", Array, FloatArray)
+
 # exp(20) scales beyond the clip: no reading is further away, and float32 does not overflow there.
 _LONGEST_LOG = 20.0
 
 
-def soft_clip(z: Array, clip: float) -> Array:
+def soft_clip(z: _Either, clip: float) -> _Either:
     """The identity up to `clip`, its logarithm beyond: one wild reading may not drown a window."""
-    size = jnp.abs(z)
-    return jnp.where(size <= clip, z, jnp.sign(z) * (clip + jnp.log1p(jnp.maximum(size - clip, 0))))
+    xp: Any = z.__array_namespace__()
+    size = xp.abs(z)
+    beyond = xp.sign(z) * (clip + xp.log1p(xp.maximum(size - clip, 0)))
+    clipped: _Either = xp.where(size <= clip, z, beyond)
+    return clipped
 
 
 def soft_unclip(z: Array, clip: float) -> Array:
@@ -28,13 +38,8 @@ def soft_unclip(z: Array, clip: float) -> Array:
     return jnp.where(size <= clip, z, jnp.sign(z) * (clip + beyond))
 
 
-def normalize(
-    values: Float[Array, "*n D"],
-    mean: Float[Array, "*#n D"],
-    scale: Float[Array, "*#n D"],
-    clip: float,
-) -> Float[Array, "*n D"]:
-    """Raw units -> normalised units (NaN stays NaN)."""
+def normalize(values: _Either, mean: _Either, scale: _Either, clip: float) -> _Either:
+    """Raw units (*n, D) -> normalised units (NaN stays NaN); `mean`, `scale` broadcast."""
     return soft_clip((values - mean) / scale, clip)
 
 

@@ -82,9 +82,10 @@ class Model(NamedTuple):
     params: Mapping[str, Array] | None
 
 
-def _whitenings(
+def whitenings(
     mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, config: ModelConfig
 ) -> Whitenings:
+    """Prepare one anchor (N,), (N, K), (N,) for serving."""
     visible = len(mean) * (config.anchor_window - config.hidden) // config.anchor_window
     head, basis = whiten_with_basis(mean[:visible], loadings[:visible], noise[:visible], sigma=0.0)
     return Whitenings(
@@ -107,7 +108,7 @@ def make_model(
     params: Mapping[str, Array] | None = None,
 ) -> Model:
     """Prepare anchors (A, N), (A, N, K), (A, N) and a network for serving (in float64 first)."""
-    each = [_whitenings(*parts, config=config) for parts in zip(mean, loadings, noise, strict=True)]
+    each = [whitenings(*parts, config=config) for parts in zip(mean, loadings, noise, strict=True)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *each)
     arrays = None if params is None else {name: jnp.asarray(part) for name, part in params.items()}
     return Model(stacked, arrays)

@@ -3,12 +3,13 @@
 
 A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
 a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
-it is, and as a moving average that forgets half in a few slots.
+it is, and as a moving average whose weights halve in a few slots, to both sides with a lag.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -115,20 +116,22 @@ def settle(
 
 
 def smooth(
-    history: Float[Array, "E H S"],
-    streams: Float[Array, "E T S"],
+    streams: Float[Array, "E M S"],
     neutral: Float[Array, "E S"],
     half_life: float,
+    behind: int,
+    ahead: int,
 ) -> Float[Array, "E T S"]:
-    """Moving average over H + 1 slots, the slot itself included; NaN history counts as neutral.
+    """Moving average of T = M - behind - ahead slots over so many before and after each.
 
-    Weights halve every `half_life` slots: a long event adds up, a short one is soon forgotten.
+    Weights halve every `half_life` slots of distance: a long event adds up, a short one is soon
+    forgotten. NaN counts as neutral.
     """
-    past = jnp.where(jnp.isnan(history), neutral[:, None, :], history)
-    both = jnp.concatenate([past, streams], axis=1)
-    span, length = streams.shape[1], history.shape[1] + 1
-    lag = jnp.arange(span)[:, None] + length - 1 - jnp.arange(both.shape[1])[None, :]
-    weight = 0.5 ** (jnp.arange(length) / half_life)
-    kept = (weight / weight.sum())[jnp.clip(lag, 0, length - 1)]
-    band = jnp.where((lag >= 0) & (lag < length), kept, 0.0).astype(streams.dtype)
-    return jnp.einsum("tm,ems->ets", band, both)
+    known = jnp.where(jnp.isnan(streams), neutral[:, None, :], streams)
+    weight = 0.5 ** (np.abs(np.arange(-behind, ahead + 1)) / half_life)
+    weight /= weight.sum()
+    span = streams.shape[1] - behind - ahead
+    return sum(
+        (float(kept) * known[:, at : at + span] for at, kept in enumerate(weight)),
+        start=jnp.zeros_like(known[:, :span]),
+    )

@@ -1,5 +1,6 @@
 """A model small enough to follow by hand, and helpers that make readings."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,22 +26,72 @@ class FakeDetection(NamedTuple):
     contribution: Float32
 
 
-class FakeScorer:
-    """Evidence is the mean of the last four slots' mean |x - mean| / scale; window of 3 slots.
+class FakeLearner:
+    """The state is a level, and how far neighbours go together; calm is what is below 3."""
 
-    It reads the whole window (each slot's deviation is weighted), the statistics and the history,
-    so that a window, a statistic or a history that is not what it should be changes the evidence.
+    block = 6
+    context = 1
+    size = 2
+    key = "fake"
+
+    def learns(self, row: int) -> bool:
+        return row != 1
+
+    def phase(self, entity: str) -> int:
+        return len(entity) % self.block
+
+    def calm(self, streams: Float32, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+        assert streams.shape[0] == len(rows)
+        usual: NDArray[np.bool_] = streams[..., 0] < 3
+        return usual
+
+    def learn(
+        self,
+        row: int,
+        state: Float32 | None,
+        values: Float32,
+        calm: NDArray[np.bool_],
+        mean: Float32,
+        scale: Float32,
+    ) -> Float32:
+        assert values.shape == (self.block + self.context, 2)
+        assert not calm[: self.context].any()
+        known = np.nan_to_num((values - mean) / scale).mean(1)
+        level = known[calm].sum()
+        together = (known[1:] * known[:-1])[calm[1:]].sum()
+        before = np.zeros(2, np.float32) if state is None else state
+        return np.asarray(0.5 * before + 0.1 * np.array([level, together]) + row, np.float32)
+
+
+class FakeScorer:
+    """Evidence is the mean of some slots' mean |x - mean| / scale; window of 3 slots.
+
+    It reads the whole window (each slot's deviation is weighted), the statistics, the state, the
+    history and what follows, so that any of them that is not what it should be changes the
+    evidence: the streams of four slots up to the scored one, and of `lag` after it.
     """
 
     channels = ("a", "b")
     window = 3
-    history = 3
     streams = 1
     compilations = 0
 
-    def __init__(self, known: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        known: dict[str, int] | None = None,
+        *,
+        lag: int = 0,
+        adaptation: FakeLearner | None = None,
+    ) -> None:
         self.known = known if known is not None else {"a": 0, "b": 1, "c": 2}
+        self.lag, self.history, self.adaptation = lag, 3 + lag, adaptation
         self.calls: list[tuple[int, ...]] = []
+
+    def grid(self, **changes: int) -> Grid:
+        """The grid of `grid`, as this scorer needs it."""
+        learner = self.adaptation
+        learning = {"block": learner.block, "context": learner.context} if learner else {}
+        return grid(history=self.history, lag=self.lag, **learning, **changes)
 
     def row(self, entity: str) -> int:
         return self.known.get(entity, -1)
@@ -63,17 +114,26 @@ class FakeScorer:
         scale: Float32,
         rows: NDArray[np.int32],
         history: Float32,
+        states: Sequence[Float32 | None] | None = None,
     ) -> FakeDetection:
         self.calls.append(values.shape)
         entities, width, channels = values.shape
-        slots = width - self.window + 1
-        assert (lengths == slots).all()
-        deviation = np.nan_to_num(np.abs(values - mean[:, None]) / scale[:, None]).mean(2)
+        slots = width - self.window + 1 - self.lag
+        beyond = np.arange(slots) >= lengths[:, None]
+        assert lengths.max() == slots
+        drift = np.zeros((entities, channels), np.float32)
+        for i, state in enumerate(states or ()):
+            drift[i] = 0 if state is None else state
+        centre = mean + drift * scale
+        deviation = np.nan_to_num(np.abs(values - centre[:, None]) / scale[:, None]).mean(2)
+        deviation = deviation[:, self.lag :]
         stream = np.stack(
             [deviation[:, t : t + self.window] @ [0.25, 0.5, 1.0] for t in range(slots)], 1
         )
         joined = np.concatenate([np.nan_to_num(history[:, :, 0]), stream], 1)
-        evidence = np.stack([joined[:, t : t + 4].mean(1) for t in range(slots)], 1)
+        reach = 4 + self.lag
+        evidence = np.stack([joined[:, t : t + reach].mean(1) for t in range(slots)], 1)
+        evidence[beyond] = stream[beyond] = np.nan
         cells = np.zeros((entities, slots, channels), np.float32)
         return FakeDetection(
             evidence.astype(np.float32),

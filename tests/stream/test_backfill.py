@@ -14,13 +14,18 @@ import pytest
 
 from stream.backfill import BackfillSummary, backfill
 from stream.compose import Model, load_model
-from stream.config import ServiceConfig, load_config
+from stream.config import DetectSection, ServiceConfig, load_config
 from stream.errors import StreamError
 from stream.records import STATES
 from stream.sinks import ParquetSink
 from tests.stream.conftest import SmallBundle
+from tsdiff.calibration import evidence_threshold
+from tsdiff.config import Adapt
+from tsdiff.detector import HISTORY_SHAPES, SHAPES
 from tsdiff.errors import BundleError
 from tsdiff.history import EntityHistory, History
+from tsdiff.series import score_series
+from tsdiff.windows import to_grid
 
 PERIOD_MS = 60_000
 Rows = dict[str, list[dict[str, Any]]]
@@ -71,6 +76,55 @@ def rows(done: tuple[BackfillSummary, Path, list[int]]) -> Rows:
     for row in pq.read_table(done[1]).to_pylist():
         found[row["entity"]].append(row)
     return found
+
+
+@pytest.mark.parametrize(
+    ("adapt", "lag", "shapes"),
+    [
+        ("full", 0, HISTORY_SHAPES),
+        ("full", 7, SHAPES),
+        ("level", 3, HISTORY_SHAPES),
+        ("level", 0, SHAPES),
+        ("none", 15, HISTORY_SHAPES),
+    ],
+)
+def test_the_loop_says_what_a_look_at_the_whole_series_says(
+    small_bundle: SmallBundle,
+    live: History,
+    tmp_path: Path,
+    adapt: Adapt,
+    lag: int,
+    shapes: tuple[tuple[int, int], ...],
+) -> None:
+    model = load_model(small_bundle.path, shapes, DetectSection(adapt=adapt, lag=lag))
+    detector = model.detector
+    entities = live.entities[:3]
+    backfill(replace(live, entities=entities), model, config(), tmp_path / "scores.parquet")
+    found: Rows = defaultdict(list)
+    for row in pq.read_table(tmp_path / "scores.parquet").to_pylist():
+        found[row["entity"]].append(row)
+    for entity in entities:
+        name = entity.entity
+        numbers, values = to_grid(entity.timestamps_ms, entity.values, PERIOD_MS, 10_000)
+        mean, scale = detector.statistics(detector.row(name))
+        whole = score_series(
+            detector,
+            name,
+            values,
+            mean=mean,
+            scale=scale,
+            numbers=numbers,
+            first=model.bundle.manifest.model.anchor_window,
+        )
+        # What the service has not closed yet, it has not scored.
+        closed = (max(int(e.timestamps_ms[-1]) for e in entities) - 10_000) // PERIOD_MS - lag
+        assert [slot_of(row) for row in found[name]] == list(range(int(numbers[0]), closed))
+        threshold = evidence_threshold(1.0, PERIOD_MS)
+        for row, evidence in zip(found[name], whole.evidence.tolist(), strict=False):
+            if row["anomaly_score"] is None:
+                assert np.isnan(evidence)
+            else:
+                assert row["anomaly_score"] * threshold == pytest.approx(evidence, abs=1e-4)
 
 
 def slot_of(row: dict[str, Any]) -> int:

@@ -78,7 +78,7 @@ class Tape:
             for span in closing.spans:
                 width = self.buffer.grid.window
                 for i, row in enumerate(span.rows.tolist()):
-                    for t in range(span.width - width + 1):
+                    for t in range(int(span.lengths[i])):
                         at = (names[row], span.first_slot + t)
                         self.windows[at] = [cells(c) for c in span.values[i, t : t + width]]
                         self.statistics[at] = [cells(span.mean[i]), cells(span.scale[i])]

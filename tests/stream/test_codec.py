@@ -446,7 +446,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
         b"[]",
         b"17",
         b"\xff",
-        edited(lambda r: r.update(format=2)),
+        edited(lambda r: r.update(format=3)),
         edited(lambda r: r.pop("slot")),
         edited(lambda r: r.update(alert=["singing", 0, 0, 0])),
         edited(lambda r: r.update(alert=["ok", 0])),

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream.buffer import Grid, PartitionBuffer
+from stream.buffer import PartitionBuffer
 from stream.codec import CommitMetadata, decode_snapshot, encode_snapshot
 from stream.records import AlertEvent, SlotScore
 from stream.scoring import Verdicts, score_rounds
-from tests.stream.fakes import SCORING, FakeScorer, Reading, batch, grid
+from tests.stream.fakes import SCORING, FakeLearner, FakeScorer, Reading, batch
 
 
 @dataclass
@@ -29,9 +29,25 @@ class Committed:
     alerts: list[AlertEvent] = field(default_factory=list)
 
 
-def work(log: list[Reading], cuts: list[int], committed: Committed, shape: Grid) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """How slots are scored: with what is learned on the way, and with what follows."""
+
+    learns: bool
+    lag: int
+
+    def scorer(self) -> FakeScorer:
+        return FakeScorer(lag=self.lag, adaptation=FakeLearner() if self.learns else None)
+
+
+PLAIN = Kind(learns=False, lag=0)
+KINDS = (PLAIN, Kind(learns=True, lag=0), Kind(learns=False, lag=2), Kind(learns=True, lag=2))
+
+
+def work(log: list[Reading], cuts: list[int], committed: Committed, kind: Kind = PLAIN) -> None:
     """Process the log from the last commit to the last cut, committing at every cut."""
-    scorer = FakeScorer()
+    scorer = kind.scorer()
+    shape = scorer.grid()
     metadata = CommitMetadata.decode(committed.metadata)
     buffer = PartitionBuffer(shape, scorer)
     at = committed.offset
@@ -104,26 +120,30 @@ def logs(draw: st.DrawFn) -> list[Reading]:
     return log
 
 
-@given(data=st.data(), log=logs())
-@settings(max_examples=60, deadline=None)
-def test_batching_does_not_change_the_scores(data: st.DataObject, log: list[Reading]) -> None:
+@given(data=st.data(), log=logs(), kind=st.sampled_from(KINDS))
+@settings(max_examples=120, deadline=None)
+def test_batching_does_not_change_the_scores(
+    data: st.DataObject, log: list[Reading], kind: Kind
+) -> None:
     one_by_one, cut = Committed(), Committed()
-    work(log, list(range(1, len(log) + 1)), one_by_one, grid())
+    work(log, list(range(1, len(log) + 1)), one_by_one, kind)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(log)))))
-    work(log, [*cuts, len(log)], cut, grid())
+    work(log, [*cuts, len(log)], cut, kind)
     assert told(cut) == told(one_by_one)
     assert changes(cut) == changes(one_by_one)
 
 
-@given(data=st.data(), log=logs())
-@settings(max_examples=100, deadline=None)
-def test_crashes_do_not_change_the_scores(data: st.DataObject, log: list[Reading]) -> None:
+@given(data=st.data(), log=logs(), kind=st.sampled_from(KINDS))
+@settings(max_examples=200, deadline=None)
+def test_crashes_do_not_change_the_scores(
+    data: st.DataObject, log: list[Reading], kind: Kind
+) -> None:
     undisturbed, crashing = Committed(), Committed()
-    work(log, list(range(1, len(log) + 1)), undisturbed, grid())
+    work(log, list(range(1, len(log) + 1)), undisturbed, kind)
     crashes = sorted(data.draw(st.sets(st.integers(1, len(log)), max_size=6)))
     for crash in [*crashes, len(log)]:
         cuts = sorted(data.draw(st.sets(st.integers(1, crash))))
-        work(log, [*cuts, crash], crashing, grid())
+        work(log, [*cuts, crash], crashing, kind)
     assert told(crashing) == told(undisturbed)
     assert changes(crashing) == changes(undisturbed)
 
@@ -133,9 +153,9 @@ def test_silence_is_counted_across_a_crash() -> None:
     log: list[Reading] = [("a", 0, None, 0.0), *[("a", t, None, None) for t in (90, 100, 140)]]
     log.append(("a", 640, None, None))
     undisturbed, crashing = Committed(), Committed()
-    work(log, [len(log)], undisturbed, grid())
+    work(log, [len(log)], undisturbed)
     for crash in (2, 4, len(log)):
-        work(log, [crash], crashing, grid())
+        work(log, [crash], crashing)
     assert told(crashing) == told(undisturbed)
     assert max(s.timestamp_ms for s in undisturbed.scores) == 300
 
@@ -150,13 +170,14 @@ def long_log() -> Iterator[Reading]:
             yield ("b", slot * 10 + 2, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("every", [1, 7, 50])
-def test_a_crash_at_every_commit(every: int) -> None:
+def test_a_crash_at_every_commit(every: int, kind: Kind) -> None:
     log = list(long_log())
     undisturbed, crashing = Committed(), Committed()
-    work(log, [len(log)], undisturbed, grid())
+    work(log, [len(log)], undisturbed, kind)
     for at in [*range(every, len(log), every), len(log)]:
-        work(log, [at], crashing, grid())
+        work(log, [at], crashing, kind)
     assert told(crashing) == told(undisturbed)
     assert changes(crashing) == changes(undisturbed)
     # It is not the empty list that is equal: the fault was seen, the absent one was forgotten.

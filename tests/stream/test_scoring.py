@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ class Scripted(FakeScorer):
         scale: Float32,
         rows: NDArray[np.int32],
         history: Float32,
+        states: Sequence[Float32 | None] | None = None,
     ) -> FakeDetection:
         self.calls.append(values.shape)
         slots = values[:, self.window - 1 :]
@@ -116,7 +118,7 @@ def test_evidence_of_nothing_does_not_end_an_alert() -> None:
 
 def test_a_slot_without_readings_is_scored_but_neither_hot_nor_calm() -> None:
     class Suspicious(Scripted):
-        def detect(self, values: Float32, *rest: NDArray[np.generic]) -> FakeDetection:
+        def detect(self, values: Float32, *rest: Any) -> FakeDetection:  # noqa: ANN401
             found = super().detect(values, *rest)  # type: ignore[arg-type]
             return found._replace(evidence=np.nan_to_num(found.evidence, nan=50.0))
 
@@ -197,7 +199,7 @@ def test_a_slot_counts_when_a_channel_is_far_enough_on_the_right_side(
 ) -> None:
     # Evidence is channel a's value, which deviates by itself: take it out of the way.
     class Elsewhere(Scripted):
-        def detect(self, values: Float32, *rest: NDArray[np.generic]) -> FakeDetection:
+        def detect(self, values: Float32, *rest: Any) -> FakeDetection:  # noqa: ANN401
             found = super().detect(values, *rest)  # type: ignore[arg-type]
             centre = np.zeros_like(found.expected)
             centre[:, :, 0] = np.nan_to_num(values[:, self.window - 1 :, 0])

@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.simulated import ANCHOR_ONLY, CHANNELS, PERIOD_MS
 from train.anchors import Anchors, fit_anchors
-from train.data import Dataset, load, window_moments
+from train.data import Dataset, load
 from tsdiff.history import EntityHistory, History
 
 
@@ -63,10 +63,13 @@ def test_many_entities_or_a_lone_one_have_the_pooled_one(
     assert (anchors.kind, len(anchors.parts[0]), anchors.losses) == ("pooled", 1, {})
 
 
-def test_moments_lean_on_the_pooled_ones_by_windows() -> None:
-    data = dataset(DIFFERENT)
-    own, pooled = (window_moments(data.series[:count], 8) for count in (1, 4))
-    np.testing.assert_allclose(own.leaning_on(pooled, 0.0).covariance, own.covariance)
-    halfway = own.leaning_on(pooled, float(own.number))
-    np.testing.assert_allclose(halfway.products, (own.products + pooled.products) / 2)
-    np.testing.assert_allclose(own.leaning_on(pooled, 1e12).mean, pooled.mean, atol=1e-6)
+def test_the_moments_that_anchors_were_fitted_to_come_with_them() -> None:
+    anchors = fitted(DIFFERENT)
+    mean, lags = anchors.moments
+    assert mean.shape == (len(DIFFERENT) + 1, CHANNELS)
+    assert lags.shape == (len(DIFFERENT) + 1, 8, CHANNELS, CHANNELS)
+    np.testing.assert_allclose(anchors.parts[0], np.tile(mean, 8), atol=1e-6)
+    # Half of the entities pull the pooled moments one way, half the other.
+    assert lags[0, 0, 0, 1] > 0.5
+    assert lags[1, 0, 0, 1] < -0.5
+    assert abs(lags[-1, 0, 0, 1]) < 0.1

@@ -20,13 +20,14 @@ from train import evaluate as module
 from train import evaluate_cli
 from train.baselines import BASELINES, Scored
 from train.config import TrainConfig
-from train.evaluate import Result, Settings, evaluate, judge, score_series, summarize
+from train.evaluate import Result, Settings, evaluate, judge, score_ours, summarize
 from train.labelled import Entity, LabelledSet, Trial, find_sets, load_set
 from train.metrics import Cause
 from train.stress import WORSE, contaminate, worsen
 from tsdiff import cli
-from tsdiff.detector import HISTORY_SHAPES, Detector
+from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, HistoryError
+from tsdiff.series import SHAPES
 
 TRAIN, TEST = 600, 300
 FAULT = (200, 230)
@@ -191,11 +192,11 @@ def test_what_cannot_be_used_is_refused(
 
 def test_scoring_goes_on_where_the_past_ended() -> None:
     """Scoring the whole series at once gives the second part the same scores."""
-    detector = Detector(anchor_bundle(), shapes=HISTORY_SHAPES)
+    detector = Detector(anchor_bundle(), shapes=SHAPES)
     values = simulate(500, 0)
-    whole = score_series(detector, "e0", None, values)
-    after = score_series(detector, "e0", values[:400], values[400:])
-    cold = score_series(detector, "e0", None, values[400:])
+    whole = score_ours(detector, "e0", None, values)
+    after = score_ours(detector, "e0", values[:400], values[400:])
+    cold = score_ours(detector, "e0", None, values[400:])
     np.testing.assert_allclose(after.evidence, whole.evidence[400:], atol=1e-3)
     assert after.contribution is not None
     assert whole.contribution is not None

@@ -13,7 +13,6 @@ from matplotlib.image import imread
 
 from tests.train.simulated import PERIOD_MS, anchor_bundle, simulate
 from train.inspection import (
-    SHAPES,
     Series,
     choose_entity,
     inspect_moment,
@@ -31,6 +30,7 @@ from tsdiff.bundle import save_bundle
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, HistoryError, TsdiffError
 from tsdiff.history import EntityHistory, History
+from tsdiff.series import SHAPES
 
 NOON = 1_795_435_200_000  # 2026-11-23 12:00 UTC
 SLOTS, FAULT = 900, slice(600, 620)

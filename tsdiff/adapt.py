@@ -1,0 +1,247 @@
+# ruff: noqa: F722
+"""What goes on learning from the stream: an entity's levels, or all of its second moments.
+
+`learn` turns the state of one entity and a block of its slots into its next state. States are
+float32 vectors that nobody changes, None before the first block; so the same blocks give the same
+states, live, in a backfill and after a restart. Only calm slots teach, and what they taught fades
+by half in `HALF_LIFE` of them (exponential forgetting), pair by pair where cells are missing.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, get_args
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+
+from tsdiff.anchor import refit_anchor
+from tsdiff.bundle import Bundle
+from tsdiff.config import Adapt
+from tsdiff.errors import ConfigError
+from tsdiff.moments import Moments, lag_sums
+from tsdiff.normalize import normalize
+from tsdiff.reading import Model, Whitenings, whitenings
+from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
+
+MOST_FULL = 1000
+"""Entities in training up to which `auto` is `full`: some 400 KB each at 38 channels."""
+_MOST_CHANNELS = 100  # and channels: 640 KB of state alone
+HALF_LIFE = 5000.0
+# Levels are a mean: it may not be drawn far by what was taken for calm, but is not.
+_FURTHEST = 10.0
+
+
+class Adaptation(ABC):
+    """How entities learn.
+
+    Attributes:
+        block: slots that are learned from at a time.
+        context: slots before them that are needed besides.
+        size: length of a state, float32.
+        key: names the bundle and the kind of state; another's states mean nothing.
+
+    """
+
+    block: ClassVar[int]
+    context: int
+    size: int
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.key = f"{type(self).__name__.lower()}:{bundle.version}"
+        knots = bundle.arrays["calibration.knots"]
+        # The 98th percentiles of reconstruction and density, without lag, as they are.
+        self._usual = np.asarray(knots[:, 0, :2, -1], np.float32)
+        self._clip = bundle.manifest.model.clip
+        self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)
+
+    def learns(self, row: int) -> bool:
+        """Whether an entity of that row of the bundle (-1: never seen) goes on learning."""
+        return True
+
+    def phase(self, entity: str) -> int:
+        """Where an entity's blocks begin, so that not all of a fleet learns in the same slot.
+
+        Block k holds the slots from `k * block - phase` to before `(k + 1) * block - phase`.
+        """
+        return zlib.crc32(entity.encode("utf-8", "surrogatepass")) % self.block
+
+    def calm(
+        self, streams: Float[FloatArray, "E T S"], rows: IntArray
+    ) -> Bool[NDArray[np.bool_], "E T"]:
+        """Which slots are usual enough to be learned from: as 98 % of held-out ones."""
+        usual = self._usual[rows][:, None, :]
+        return np.asarray((streams[..., : usual.shape[-1]] <= usual).all(-1))
+
+    def learn(
+        self,
+        row: int,
+        state: FloatArray | None,
+        values: Float[FloatArray, "M D"],
+        calm: Bool[NDArray[np.bool_], " M"],
+        mean: Float[FloatArray, " D"],
+        scale: Float[FloatArray, " D"],
+    ) -> FloatArray:
+        """Return the state after M - `context` slots of raw `values`, NaN = missing.
+
+        The `context` slots before them come first, and are not `calm`.
+        """
+        z = np.asarray(normalize(values, mean, scale, self._clip), np.float32)
+        return self._learn(row, state, z, calm)
+
+    @abstractmethod
+    def _learn(
+        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+    ) -> FloatArray: ...
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: Model,
+        rows: IntArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        states: Sequence[FloatArray | None],
+    ) -> tuple[Model, FloatArray]:
+        """Return the model and the means (E, D) that E entities in these states are read with."""
+
+    def _anchor_row(self, row: int) -> int:
+        return row if row < len(self._mean) - 1 else -1
+
+
+class Level(Adaptation):
+    """A drifting mean per channel: the state (D,) is how far it has drifted, normalised."""
+
+    block = 64
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.context, self.size = 0, len(bundle.channels)
+
+    def _learn(
+        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+    ) -> FloatArray:
+        before = np.zeros(self.size, np.float32) if state is None else state
+        off = z[calm] - self._mean[self._anchor_row(row)] - before
+        seen = np.isfinite(off)
+        count = seen.sum(0)
+        off = np.clip(np.where(seen, off, 0.0), -_FURTHEST, _FURTHEST)
+        step = off.sum(0) / np.maximum(count, 1)
+        return np.asarray(before + (1.0 - 0.5 ** (count / HALF_LIFE)) * step, np.float32)
+
+    def prepare(
+        self,
+        model: Model,
+        rows: IntArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        states: Sequence[FloatArray | None],
+    ) -> tuple[Model, FloatArray]:
+        """Move the means."""
+        drift = np.zeros_like(mean)
+        for i, state in enumerate(states):
+            if state is not None:
+                drift[i] = state
+        return model, mean + scale * drift
+
+
+class Full(Adaptation):
+    """Second moments by lag: the state holds the mean (D,) and lags (L, D, D), flattened.
+
+    Entities of the training data get an anchor of their own, refitted after every block. One that
+    the training never saw keeps the pooled one: so memory is bounded by what the bundle knows.
+    """
+
+    block = 256
+
+    def __init__(self, bundle: Bundle, model: Model) -> None:
+        super().__init__(bundle)
+        self._config = bundle.manifest.model
+        self._channels = len(bundle.channels)
+        self.context = self._config.anchor_window - 1
+        self.size = self._channels * (1 + self._config.anchor_window * self._channels)
+        self._lags = np.asarray(bundle.arrays["moments.lags"], np.float32)
+        self._fitted = [
+            np.asarray(bundle.arrays[f"anchor.{name}"], np.float64)
+            for name in ("mean", "loadings", "noise")
+        ]
+        rows = np.minimum(np.arange(len(bundle.entities) + 1), len(self._mean) - 1)
+        # A cache of what states say, one row an entity: whose anchor is in it is checked each time.
+        self._table: Whitenings = jax.tree.map(lambda part: part[rows], model.anchors)
+        self._held: list[FloatArray | None] = [None] * len(bundle.entities)
+
+    def learns(self, row: int) -> bool:
+        """Those that the training has seen."""
+        return row >= 0
+
+    def moments_of(self, row: int, state: FloatArray | None) -> Moments:
+        """Return what an entity knows: before the first block, what its training says."""
+        if state is None:
+            anchor = self._anchor_row(row)
+            return Moments(*(p[anchor].astype(np.float64) for p in (self._mean, self._lags)))
+        wide = state.astype(np.float64)
+        lags = wide[self._channels :].reshape(-1, self._channels, self._channels)
+        return Moments(wide[: self._channels], lags)
+
+    def _learn(
+        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+    ) -> FloatArray:
+        old, sums = self.moments_of(row, state), lag_sums(z, self._config.anchor_window, calm)
+        mean = _mixed(old.mean, sums.total, sums.number)
+        lags = _mixed(old.lags, sums.products, sums.pairs)
+        return np.concatenate([mean, lags.ravel()]).astype(np.float32)
+
+    def prepare(
+        self,
+        model: Model,
+        rows: IntArray,
+        mean: FloatArray,
+        scale: FloatArray,
+        states: Sequence[FloatArray | None],
+    ) -> tuple[Model, FloatArray]:
+        """Refit the anchors of those whose state has changed since they were last seen."""
+        for row, state in zip(rows.tolist(), states, strict=True):
+            if row >= 0 and self._held[row] is not state:
+                self._table = _put(self._table, row, self._anchor(row, state))
+                self._held[row] = state
+        return model._replace(anchors=self._table), mean
+
+    def _anchor(self, row: int, state: FloatArray | None) -> Whitenings:
+        # Always from the bundle's loadings: what came before may not matter after a restart.
+        mean, loadings, noise = (part[self._anchor_row(row)] for part in self._fitted)
+        if state is not None:
+            moments = self.moments_of(row, state)
+            floor = self._config.noise_floor
+            mean = np.tile(moments.mean, self._config.anchor_window)
+            loadings, noise = refit_anchor(moments.covariance(), loadings, noise, floor)
+        return whitenings(mean, loadings, noise, self._config)
+
+
+@partial(jax.jit, donate_argnums=0)  # in place: the table may be large
+def _put(table: Whitenings, row: int, anchor: Whitenings) -> Whitenings:
+    put: Whitenings = jax.tree.map(lambda whole, part: whole.at[row].set(part), table, anchor)
+    return put
+
+
+def _mixed(old: DoubleArray, total: DoubleArray, count: DoubleArray) -> DoubleArray:
+    kept = 0.5 ** (count / HALF_LIFE)
+    return kept * old + (1.0 - kept) * total / np.maximum(count, 1.0)
+
+
+def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | None:
+    """Return how entities learn, None where they do not; `auto` is `full` for small fleets.
+
+    Raises:
+        ConfigError: there is no such kind of adaptation.
+        KeyError: the bundle lacks an array.
+
+    """
+    if adapt not in get_args(Adapt):
+        raise ConfigError(f"expected adapt of {', '.join(get_args(Adapt))}, got {adapt!r}")
+    small = len(bundle.entities) <= MOST_FULL and len(bundle.channels) <= _MOST_CHANNELS
+    if adapt == "full" or (adapt == "auto" and small):
+        return Full(bundle, model)
+    return Level(bundle) if adapt == "level" else None
