@@ -58,6 +58,10 @@ class Adaptation(ABC):
         self._clip = bundle.manifest.model.clip
         self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)
 
+    def start(self, model: Model) -> Model:
+        """Return the model as `prepare` will give it back: what to compile for."""
+        return model
+
     def learns(self, row: int) -> bool:
         """Whether an entity of that row of the bundle (-1: never seen) goes on learning."""
         return True
@@ -172,6 +176,13 @@ class Full(Adaptation):
         # A cache of what states say, one row an entity: whose anchor is in it is checked each time.
         self._table: Whitenings = jax.tree.map(lambda part: part[rows], model.anchors)
         self._held: list[FloatArray | None] = [None] * len(bundle.entities)
+        one = jax.tree.map(lambda part: part[0], self._table)
+        # Now, since nothing may be compiled once scoring goes on.
+        self._put = _put.lower(self._table, np.int32(0), one).compile()
+
+    def start(self, model: Model) -> Model:
+        """With an anchor for each entity."""
+        return model._replace(anchors=self._table)
 
     def learns(self, row: int) -> bool:
         """Those that the training has seen."""
@@ -205,9 +216,9 @@ class Full(Adaptation):
         """Refit the anchors of those whose state has changed since they were last seen."""
         for row, state in zip(rows.tolist(), states, strict=True):
             if row >= 0 and self._held[row] is not state:
-                self._table = _put(self._table, row, self._anchor(row, state))
+                self._table = self._put(self._table, np.int32(row), self._anchor(row, state))
                 self._held[row] = state
-        return model._replace(anchors=self._table), mean
+        return self.start(model), mean
 
     def _anchor(self, row: int, state: FloatArray | None) -> Whitenings:
         # Always from the bundle's loadings: what came before may not matter after a restart.

@@ -228,6 +228,8 @@ class Detector:
             )
             self._model, self._reader = build_model(bundle)
             self.adaptation = make_adaptation(adapt, bundle, self._model)
+            if self.adaptation is not None:
+                self._model = self.adaptation.start(self._model)
         except KeyError as error:
             raise BundleError(
                 f"bundle {bundle.manifest.name} lacks the array {error}; train it again"

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.train.simulated import anchor_bundle, simulate
+from tests.train.simulated import ANCHOR_ONLY, PERIOD_MS, anchor_bundle, history, simulate
+from train.loop import train
 from tsdiff import adapt
 from tsdiff.adapt import Adaptation, Full, Level
 from tsdiff.anchor import fit_anchor, refit_anchor
@@ -228,3 +229,16 @@ def test_what_follows_counts_with_a_lag() -> None:
     np.testing.assert_allclose(causal[:599], scored("none", simulate(900, 0))[:599], atol=1e-4)
     assert lagged[597] > causal[597] + 1.0
     assert lagged[550] == pytest.approx(scored("none", simulate(900, 0), lag=7)[550], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["level", "full"])
+@pytest.mark.parametrize("entities", [1, 3])  # with the pooled anchor alone, and with their own
+def test_learning_compiles_nothing(kind: Adapt, entities: int) -> None:
+    bundle = train(history(entities=entities), ANCHOR_ONLY, period_ms=PERIOD_MS)
+    detector = Detector(bundle, shapes=SHAPES, adapt=kind)
+    detector.warm_up()
+    compiled = detector.compilations
+    mean, scale = detector.statistics(0)
+    values = simulate(900, 0)
+    score_series(detector, "e0", values, mean=mean, scale=scale, numbers=np.arange(900), first=8)
+    assert detector.compilations == compiled
