@@ -247,7 +247,8 @@ def measure(bundle: Bundle, seconds: float) -> Record:
     wall, cpu = time.perf_counter(), time.process_time()
     rates = windows_per_second(bundle, detectors, seconds)
     core_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    headline = rates[0]["windows_per_second"]
+    learning = learning_seconds_per_slot(live)
+    headline = 1.0 / (1.0 / rates[0]["windows_per_second"] + learning)
     flops = flops_per_window(live)
     return {
         "windows_per_second_per_core": headline,
@@ -259,7 +260,9 @@ def measure(bundle: Bundle, seconds: float) -> Record:
         "compilations": compilations,
         "compile_seconds": compile_seconds,
         "compilations_after_warmup": drift,
-        "bytes_per_entity": bytes_per_entity(bundle, live),
+        "learning_seconds_per_slot": learning,
+        "bytes_per_entity": bytes_per_entity(bundle, detectors["level"]),
+        "bytes_per_entity_default": bytes_per_entity(bundle, live),
         "research_windows_per_second": research_windows_per_second(bundle),
     }
 
@@ -291,13 +294,15 @@ class Scorer(Protocol):
 
 
 def detectors_of(bundle: Bundle, *, history: bool = False) -> Iterator[tuple[str, Scorer]]:
-    """Yield every way of scoring that a bundle offers, the default one first.
+    """Yield the ways in which fleets are scored: the default one, and that of very large ones.
 
     With `history` they are compiled for the shapes of backfill, else for those of the service.
     """
     from tsdiff.detector import HISTORY_SHAPES, SHAPES, Detector  # noqa: PLC0415 - loads JAX
 
-    yield "default", cast(Scorer, Detector(bundle, shapes=HISTORY_SHAPES if history else SHAPES))
+    shapes = HISTORY_SHAPES if history else SHAPES
+    yield "default", cast(Scorer, Detector(bundle, shapes=shapes, adapt="auto"))
+    yield "level", cast(Scorer, Detector(bundle, shapes=shapes, adapt="level"))
 
 
 def workload(
@@ -339,7 +344,7 @@ def timed(call: Callable[[], object], seconds: float, least: int = _REPEATS) -> 
 def windows_per_second(
     bundle: Bundle, service: Mapping[str, Scorer], seconds: float
 ) -> list[Record]:
-    """Rates of every scorer under every workload; the first is the one to be quoted.
+    """Rates of every scorer under every workload; the first, with learning, is to be quoted.
 
     `service` are the detectors as the service compiles them; those of backfill are built here.
     """
@@ -362,6 +367,24 @@ def windows_per_second(
                     }
                 )
     return rates
+
+
+def learning_seconds_per_slot(scorer: Scorer) -> float:
+    """What going on learning costs an entity, from the end of a block to the next score."""
+    adaptation = scorer.adaptation
+    if adaptation is None:
+        return 0.0
+    one = workload(scorer, 1, adaptation.context + adaptation.block, "complete")
+    calm = np.arange(adaptation.context + adaptation.block) >= adaptation.context
+    values, mean, scale = (one[name][0] for name in ("values", "mean", "scale"))
+    values = values[-len(calm) :]
+    single = workload(scorer, 1, 1, "complete")
+
+    def learn() -> None:
+        state = adaptation.learn(0, None, values, calm, mean, scale)
+        scorer.detect(**single, states=[state])
+
+    return (timed(learn, 1.0) - timed(lambda: scorer.detect(**single), 1.0)) / adaptation.block
 
 
 def compilations_while_shapes_change(scorer: Scorer) -> int:
@@ -441,7 +464,7 @@ class _Known:
 
 
 def bytes_per_entity(bundle: Bundle, scorer: Scorer) -> float:
-    """Measure what a further entity adds to the memory of a partition's buffer."""
+    """Measure what a further entity adds to a partition's buffer, and say what learning adds."""
     from stream.buffer import PartitionBuffer  # noqa: PLC0415
     from stream.compose import Model, grid_of  # noqa: PLC0415
     from stream.config import ServiceConfig  # noqa: PLC0415
@@ -470,7 +493,8 @@ def bytes_per_entity(bundle: Bundle, scorer: Scorer) -> float:
         del batch
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    return (held[1] - held[0]) / (_ENTITIES[1] - _ENTITIES[0])
+    learned = 0 if scorer.adaptation is None else scorer.adaptation.entity_bytes
+    return (held[1] - held[0]) / (_ENTITIES[1] - _ENTITIES[0]) + learned
 
 
 # -- the research way --------------------------------------------------------------------------
@@ -572,7 +596,15 @@ def as_text(found: Record) -> str:
             f"{found['compilations']} in {found['compile_seconds']:.1f} s on one core; "
             f"{found['compilations_after_warmup']} more while batches and missing cells change",
         ),
-        ("per entity", f"{found['bytes_per_entity'] / 1024:.1f} KiB"),
+        (
+            "per entity",
+            f"{found['bytes_per_entity'] / 1024:.1f} KiB in very large fleets (level), "
+            f"{found['bytes_per_entity_default'] / 1024:.0f} KiB in others",
+        ),
+        (
+            "learning",
+            f"{1e6 * found['learning_seconds_per_slot']:.0f} us a slot, counted in what is quoted",
+        ),
         ("peak memory", f"{found['peak_memory_bytes'] / 2**20:.0f} MiB to load, compile and score"),
         (
             "first score",

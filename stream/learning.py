@@ -38,6 +38,10 @@ class Learner(Protocol):
     def key(self) -> str:
         """Names the model and the kind of state; others' states mean nothing."""
 
+    @property
+    def entity_bytes(self) -> int:
+        """Memory of an entity that has learned."""
+
     def learns(self, row: int) -> bool:
         """Whether an entity of that row of the model learns."""
 

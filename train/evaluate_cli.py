@@ -58,7 +58,7 @@ def evaluate(
         bool, typer.Option("--network/--no-network", help="Train a network beside the anchor.")
     ] = True,
     adapt: Annotated[
-        Adapt, typer.Option(help="What our detectors go on learning from the test part.")
+        Adapt, typer.Option(help="What our detectors go on learning while they score.")
     ] = "auto",
     lag: Annotated[
         int, typer.Option(help="Slots after a slot that our detectors may see: 0, 3, 7 or 15.")

@@ -28,7 +28,7 @@ from tsdiff.reading import Model, Whitenings, whitenings
 from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 
 MOST_FULL = 1000
-"""Entities in training up to which `auto` is `full`: some 400 KB each at 38 channels."""
+"""Entities in training up to which `auto` is `full`, else `level`: 400 KB each at 38 channels."""
 _MOST_CHANNELS = 100  # and channels: 640 KB of state alone
 HALF_LIFE = 5000.0
 # Levels are a mean: it may not be drawn far by what was taken for calm, but is not.
@@ -57,6 +57,11 @@ class Adaptation(ABC):
         self._usual = np.asarray(knots[:, 0, :2, -1], np.float32)
         self._clip = bundle.manifest.model.clip
         self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)
+
+    @property
+    def entity_bytes(self) -> int:
+        """Memory of an entity that has learned: its newest two states."""
+        return 2 * 4 * self.size
 
     def start(self, model: Model) -> Model:
         """Return the model as `prepare` will give it back: what to compile for."""
@@ -180,6 +185,12 @@ class Full(Adaptation):
         # Now, since nothing may be compiled once scoring goes on.
         self._put = _put.lower(self._table, np.int32(0), one).compile()
 
+    @property
+    def entity_bytes(self) -> int:
+        """The newest two states, and the anchor made of one."""
+        table = sum(int(part.nbytes) for part in jax.tree.leaves(self._table))
+        return super().entity_bytes + table // (len(self._held) + 1)
+
     def start(self, model: Model) -> Model:
         """With an anchor for each entity."""
         return model._replace(anchors=self._table)
@@ -243,7 +254,7 @@ def _mixed(old: DoubleArray, total: DoubleArray, count: DoubleArray) -> DoubleAr
 
 
 def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | None:
-    """Return how entities learn, None where they do not; `auto` is `full` for small fleets.
+    """Return how entities learn, None where they do not; `auto` is `full` for all but large fleets.
 
     Raises:
         ConfigError: there is no such kind of adaptation.
@@ -255,4 +266,4 @@ def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | 
     small = len(bundle.entities) <= MOST_FULL and len(bundle.channels) <= _MOST_CHANNELS
     if adapt == "full" or (adapt == "auto" and small):
         return Full(bundle, model)
-    return Level(bundle) if adapt == "level" else None
+    return None if adapt == "none" else Level(bundle)

@@ -33,6 +33,7 @@ class FakeLearner:
     context = 1
     size = 2
     key = "fake"
+    entity_bytes = 16
 
     def learns(self, row: int) -> bool:
         return row != 1

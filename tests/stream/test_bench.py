@@ -22,6 +22,7 @@ from stream.bench import (
     Scorer,
     as_text,
     bytes_per_entity,
+    learning_seconds_per_slot,
     compilations_while_shapes_change,
     counted_flops,
     denoiser_of,
@@ -66,6 +67,7 @@ def measured(scorer: Scorer) -> Record:
 
     def only(_: Bundle, *, history: bool = False) -> Iterator[tuple[str, Scorer]]:
         yield "default", scorer
+        yield "level", scorer
         if history:
             yield "second", scorer
 
@@ -126,8 +128,10 @@ def test_the_json_has_what_is_promised(
     assert found["seconds_to_first_score"] == 4.0
     assert found["seconds_to_first_score_cached"] == 3.0
     assert found["windows_per_second_per_core"] == found["rates"][0]["windows_per_second"]
+    assert found["learning_seconds_per_slot"] == 0.0  # this one does not learn
     rates = [(rate["scorer"], rate["workload"], rate["missing"]) for rate in found["rates"]]
-    kinds = [("default", name) for name, _, _ in CASES] + [("second", "history")]
+    kinds = [(name, case) for case, _, _ in CASES for name in ("default", "level")]
+    kinds.append(("second", "history"))
     assert rates == [(*kind, missing) for kind in kinds for missing in MISSING]
 
 
@@ -296,6 +300,16 @@ def test_an_entity_s_state_is_its_window_and_history(scorer: Scorer) -> None:
     measured = bytes_per_entity(anchor_bundle(), scorer)
     arrays = 4 * (scorer.window * CHANNELS + scorer.history * scorer.streams)
     assert arrays < measured < arrays + 4 * 40 * CHANNELS + 2000
+
+
+@pytest.mark.parametrize("adapt", ["level", "full"])
+def test_learning_takes_time_and_memory(adapt: Adapt) -> None:
+    learner = Detector(anchor_bundle(), shapes=((8, 1),), adapt=adapt)
+    assert 0 < learning_seconds_per_slot(learner) < 1e-2
+    adaptation = learner.adaptation
+    assert adaptation is not None
+    least = 4 * learner.window * CHANNELS + adaptation.entity_bytes
+    assert bytes_per_entity(anchor_bundle(), learner) > least
 
 
 def test_the_median_of_several_repetitions() -> None:

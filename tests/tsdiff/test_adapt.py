@@ -127,9 +127,10 @@ def test_who_learns() -> None:
     assert Detector(anchor_bundle(), shapes=SHAPES).adaptation is None
 
 
-def test_auto_is_none_where_full_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_level_where_full_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapt, "MOST_FULL", 1)
-    assert Detector(anchor_bundle(), shapes=SHAPES, adapt="auto").adaptation is None
+    assert isinstance(learner("auto"), Level)
+    assert learner("full").entity_bytes > 10 * learner("level").entity_bytes
 
 
 @pytest.mark.parametrize(
