@@ -111,7 +111,10 @@ def score_ours(
         start=len(before),
     )
     evidence = np.nan_to_num(found.evidence)
-    return Scored(evidence, evidence, found.contribution)
+    # Over a fault, slots weigh as much as they say, and shares are those of errors, not of squares,
+    # as with the baselines: one wild slot does not decide it.
+    blame = np.sqrt(found.contribution) * evidence[:, None]
+    return Scored(evidence, evidence, blame.astype(np.float32))
 
 
 @lru_cache(maxsize=4)

@@ -84,9 +84,9 @@ class Traced(NamedTuple):
     imputed_ratio: Float[Array, "E T"]
 
 
-def _contributions(deviation: Float[Array, "E T D"], observed: Array) -> Float[Array, "E T D"]:
-    """Squared deviations as shares of their sum; shares are equal where nothing deviates."""
-    squared = jnp.where(observed, jnp.minimum(deviation**2, 1e12), 0.0)
+def _contributions(surprise: Float[Array, "E T D"], observed: Array) -> Float[Array, "E T D"]:
+    """Squared surprises as shares of their sum; shares are equal where nothing surprises."""
+    squared = jnp.minimum(surprise**2, 1e12)
     total = squared.sum(-1, keepdims=True)
     count = jnp.maximum(observed.sum(-1, keepdims=True), 1)
     return jnp.where(total > 0, squared / jnp.maximum(total, 1e-30), observed / count)
@@ -141,7 +141,7 @@ def detect_spans(
         expected=raw(read.expected),
         lower=raw(read.expected - _Z90 * half_width),
         upper=raw(read.expected + _Z90 * half_width),
-        contribution=_contributions((z - read.expected) / half_width, observed),
+        contribution=_contributions(read.surprise, observed),
         imputed_ratio=1.0 - observed.mean(-1),
     )
 

@@ -26,13 +26,15 @@ class Readings(NamedTuple):
 
     `streams` (B, S) raw values, in the order of `STREAMS`; `coverage` (B, S) the share of the
     cells behind each that were observed (0: the value means nothing); `expected` and `sd` (B, D)
-    in normalised units, from the masked reading.
+    in normalised units, from the masked reading; `surprise` (B, D) how many of its standard
+    deviations each reading is from the forecast, 0 where missing.
     """
 
     streams: Float[Array, "B S"]
     coverage: Float[Array, "B S"]
     expected: Float[Array, "B D"]
     sd: Float[Array, "B D"]
+    surprise: Float[Array, "B D"]
 
 
 def read_anchor(
@@ -63,7 +65,7 @@ def read_anchor(
     coverage = jnp.where(coverage[:, :1] > 0, coverage, 0.0)
     solved = anchor.solve(clean, flat, seen, missing=missing)
     masked = anchor.masked_reading(clean, solved, seen, channels, config.hidden)
-    return Readings(streams, coverage, masked.expected, masked.sd)
+    return Readings(streams, coverage, masked.expected, masked.sd, jnp.zeros_like(masked.expected))
 
 
 def _reconstruction(
@@ -95,12 +97,17 @@ def with_forecast(
     expected: Float[Array, "B D"],
     sd: Float[Array, "B D"],
 ) -> Readings:
-    """Add the stream of the hidden last slots: mean over observed channels of |x - D| / s."""
+    """Add the stream of the hidden last slots: mean over observed channels of |x - D| / s.
+
+    What was forecast did not see the other channels of the slot: a fault of one does not spill over
+    into those that go with it, so these errors tell best whose fault it is.
+    """
     error = jnp.where(observed, jnp.abs(x - expected) / sd, 0.0)
     stream = error.sum(-1) / jnp.maximum(observed.sum(-1), 1)
     return readings._replace(
         streams=jnp.concatenate([readings.streams, stream[:, None]], -1),
         coverage=jnp.concatenate([readings.coverage, observed.mean(-1, keepdims=True)], -1),
+        surprise=error,
     )
 
 

@@ -22,12 +22,12 @@ from stream.bench import (
     Scorer,
     as_text,
     bytes_per_entity,
-    learning_seconds_per_slot,
     compilations_while_shapes_change,
     counted_flops,
     denoiser_of,
     flops_per_window,
     in_process,
+    learning_seconds_per_slot,
     main,
     matmul_flops_per_second,
     measure,
@@ -43,7 +43,7 @@ from tests.train.simulated import CHANNELS, anchor_bundle
 from train.config import TrainConfig
 from tsdiff import cli
 from tsdiff.bundle import Bundle, save_bundle
-from tsdiff.config import NetworkConfig
+from tsdiff.config import Adapt, NetworkConfig
 from tsdiff.denoiser import Network
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, TsdiffError
@@ -145,8 +145,11 @@ def test_the_table_is_for_people(folder: Path, capsys: Captured) -> None:
     assert len({len(line) for line in table}) == 1  # aligned
     assert [line.split(":")[0] for line in table[1:]] == [
         "live",
+        "level, live",
         "catching up",
+        "level, catching up",
         "history",
+        "level, history",
         "second, history",
     ]
     found = run_bench(_no_training, folder)
