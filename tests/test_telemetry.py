@@ -166,4 +166,4 @@ def compare_with_backfill(data: Path, bundle: Path, live: Scores, folder: Path) 
         if row["anomaly_score"] is not None:
             largest = max(largest, abs(row["anomaly_score"] - score["anomaly_score"]))
     print(f"largest difference between live and backfill: {largest:.2g}")
-    assert largest < 1e-5
+    assert largest < 5e-5

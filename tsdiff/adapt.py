@@ -4,7 +4,7 @@
 `learn` turns the state of one entity and a block of its slots into its next state. States are
 float32 vectors that nobody changes, None before the first block; so the same blocks give the same
 states, live, in a backfill and after a restart. Only calm slots teach, and what they taught fades
-by half in `HALF_LIFE` of them (exponential forgetting), pair by pair where cells are missing.
+by half in `HALF_LIFE` of them (exponential forgetting).
 """
 
 import zlib
@@ -31,6 +31,7 @@ MOST_FULL = 1000
 """Entities in training up to which `auto` is `full`, else `level`: 400 KB each at 38 channels."""
 _MOST_CHANNELS = 100  # and channels: 640 KB of state alone
 HALF_LIFE = 5000.0
+_SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
 # Levels are a mean: it may not be drawn far by what was taken for calm, but is not.
 _FURTHEST = 10.0
 
@@ -212,8 +213,9 @@ class Full(Adaptation):
         self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
     ) -> FloatArray:
         old, sums = self.moments_of(row, state), lag_sums(z, self._config.anchor_window, calm)
-        mean = _mixed(old.mean, sums.total, sums.number)
-        lags = _mixed(old.lags, sums.products, sums.pairs)
+        taught = float(np.count_nonzero(calm))
+        mean = _mixed(old.mean, sums.total, sums.number, taught)
+        lags = _mixed(old.lags, sums.products, sums.pairs, taught)
         return np.concatenate([mean, lags.ravel()]).astype(np.float32)
 
     def prepare(
@@ -248,9 +250,15 @@ def _put(table: Whitenings, row: int, anchor: Whitenings) -> Whitenings:
     return put
 
 
-def _mixed(old: DoubleArray, total: DoubleArray, count: DoubleArray) -> DoubleArray:
-    kept = 0.5 ** (count / HALF_LIFE)
-    return kept * old + (1.0 - kept) * total / np.maximum(count, 1.0)
+def _mixed(old: DoubleArray, total: DoubleArray, number: DoubleArray, slots: float) -> DoubleArray:
+    """Forget what is `old` as `slots` of them have it, and put the new means in its place.
+
+    All at one rate, however often each was seen: moments of different ages contradict one another.
+    Only what was hardly seen in this block is kept longer, and what was not seen altogether.
+    """
+    new = 1.0 - 0.5 ** (slots / HALF_LIFE)
+    weight = new * np.minimum(number / max(_SELDOM * slots, 1.0), 1.0)
+    return np.asarray((1.0 - weight) * old + weight * total / np.maximum(number, 1.0))
 
 
 def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +93,7 @@ def test_the_loop_says_what_a_look_at_the_whole_series_says(
     live: History,
     tmp_path: Path,
     adapt: Adapt,
-    lag: int,
+    lag: Literal[0, 3, 7, 15],
     shapes: tuple[tuple[int, int], ...],
 ) -> None:
     model = load_model(small_bundle.path, shapes, DetectSection(adapt=adapt, lag=lag))

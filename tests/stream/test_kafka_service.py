@@ -50,16 +50,16 @@ def deployed(
 
 
 def assert_same(live: Scores, reference: Scores) -> None:
-    """Same entities, slots and states; scores equal to 1e-5, p and channels to rounding."""
+    """Same entities, slots and states; scores, p and channels equal to float32's rounding."""
     assert live.keys() == reference.keys()
     for key, expected in reference.items():
         score = live[key]
         assert score["state"] == expected["state"], key
         assert score["model"] == expected["model"]
         assert score["imputed_ratio"] == pytest.approx(expected["imputed_ratio"])
-        # Float32 rounds differently in batches of other shapes; in p it shows most where nothing is
-        # unusual, around a half.
-        for name, grain in (("anomaly_score", 1e-5), ("p_value", 5e-5)):
+        # Float32 rounds differently in batches of other shapes; it shows most where nothing is
+        # unusual, where held-out streams are dense and p is around a half.
+        for name, grain in (("anomaly_score", 5e-5), ("p_value", 2e-4)):
             assert score[name] == pytest.approx(expected[name], abs=grain), (key, name)
         channels = dict(expected["channels"])
         assert score["channels"].keys() == channels.keys() or score["state"] == "ok"
@@ -152,6 +152,8 @@ def test_a_broker_that_goes_away_and_comes_back(
             deployed.send(small_bundle.live, small_bundle.period_ms)
             worker = deployed.start(input__max_poll_records=20)
             deployed.wait_for_scores(1000, worker)
+            # kafka-python 3.0.12 leaks a socket with every connection that is refused.
+            deployed.close_readers()
             broker.kill()
             time.sleep(8)  # longer than the session and the transaction may last
             broker.restart()

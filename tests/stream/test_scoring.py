@@ -119,7 +119,7 @@ def test_evidence_of_nothing_does_not_end_an_alert() -> None:
 def test_a_slot_without_readings_is_scored_but_neither_hot_nor_calm() -> None:
     class Suspicious(Scripted):
         def detect(self, values: Float32, *rest: Any) -> FakeDetection:  # noqa: ANN401
-            found = super().detect(values, *rest)  # type: ignore[arg-type]
+            found = super().detect(values, *rest)
             return found._replace(evidence=np.nan_to_num(found.evidence, nan=50.0))
 
     verdicts = score([*quiet(4), None, (0.0,), None, (0.0,)], scorer=Suspicious())
@@ -200,7 +200,7 @@ def test_a_slot_counts_when_a_channel_is_far_enough_on_the_right_side(
     # Evidence is channel a's value, which deviates by itself: take it out of the way.
     class Elsewhere(Scripted):
         def detect(self, values: Float32, *rest: Any) -> FakeDetection:  # noqa: ANN401
-            found = super().detect(values, *rest)  # type: ignore[arg-type]
+            found = super().detect(values, *rest)
             centre = np.zeros_like(found.expected)
             centre[:, :, 0] = np.nan_to_num(values[:, self.window - 1 :, 0])
             return found._replace(expected=centre, lower=centre - 1, upper=centre + 1)

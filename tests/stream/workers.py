@@ -136,8 +136,13 @@ class Deployment:
         for worker in self.workers:
             if worker.process.poll() is None:
                 worker.kill()
+        self.close_readers()
+
+    def close_readers(self) -> None:
+        """Let go of the broker; the next look at a topic reads it from its beginning."""
         for reader in self.readers.values():
             reader.consumer.close()
+        self.readers.clear()
 
     def send(self, history: History, period_ms: int) -> int:
         """Write a history to the input topic, at full speed."""

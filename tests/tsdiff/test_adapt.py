@@ -27,7 +27,8 @@ def block(adaptation: Adaptation, seed: int = 0, shift: float = 0.0) -> np.ndarr
     detector = Detector(anchor_bundle(), shapes=SHAPES)
     _, scale = detector.statistics(0)
     length = adaptation.context + adaptation.block
-    return simulate(2000, 0)[1000 + seed * 300 :][:length] + np.float32(shift) * scale
+    values = simulate(2000, 0)[1000 + seed * 300 :][:length]
+    return np.asarray(values + np.float32(shift) * scale)
 
 
 def taught(
@@ -94,6 +95,23 @@ def test_missing_cells_teach_nothing(kind: Adapt) -> None:
     start = taught(adaptation, block(adaptation), 1)
     silent = np.full_like(block(adaptation), np.nan)
     np.testing.assert_allclose(taught(adaptation, silent, 5, start), start, atol=1e-6)
+
+
+def test_scattered_gaps_do_not_make_moments_contradict_one_another() -> None:
+    """A pair seen half as often as its cells must not be remembered for longer than they are."""
+    full = learner("full")
+    assert isinstance(full, Full)
+    values = block(full, shift=1.0)
+    state = None
+    for seed in range(40):
+        gaps = np.random.default_rng(seed).random(values.shape) < 0.3
+        state = taught(full, np.where(gaps, np.float32(np.nan), values), 1, state)
+    whole = full.moments_of(0, taught(full, values, 40))
+    holed = full.moments_of(0, state)
+    np.testing.assert_allclose(holed.lags, whole.lags, atol=0.05)
+    deviation = np.sqrt(np.diag(holed.covariance()))
+    correlation = holed.covariance() / np.outer(deviation, deviation)
+    assert np.abs(correlation).max() < 1.05
 
 
 def test_calm_is_what_held_out_slots_were() -> None:

@@ -1,5 +1,7 @@
 """The detector: same numbers however slots are cut, finite whatever is missing, compiled once."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ def detector(request: pytest.FixtureRequest) -> Detector:
 
 def arguments(
     detector: Detector, values: np.ndarray, rows: tuple[int, ...] | None = None
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """Arguments of `detect` for values (E, W-1+T, D), every entity in full length."""
     entities = len(values)
     chosen = np.array(rows if rows is not None else [i % 2 for i in range(entities)], np.int32)

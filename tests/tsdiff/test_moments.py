@@ -21,7 +21,7 @@ def test_sums_are_those_written_out(missing: float) -> None:
     counted = np.arange(40) % 3 > 0
     sums = lag_sums(values, LENGTH, counted)
     products, pairs = np.zeros((2, LENGTH, CHANNELS, CHANNELS))
-    for t in np.flatnonzero(counted):
+    for t in np.flatnonzero(counted).tolist():
         for lag in range(min(LENGTH, t + 1)):
             product = np.outer(values[t], values[t - lag])
             seen = np.isfinite(product)
