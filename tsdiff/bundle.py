@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_arrays
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"
@@ -176,7 +176,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Read and verify the bundle at `path`.
 
     Raises:
-        BundleError: not a bundle, of a newer format, or a file is missing or damaged.
+        BundleError: not a bundle, of another format, or a file is missing or damaged.
 
     """
     folder = Path(path)
@@ -225,10 +225,11 @@ def _parse(folder: Path, text: bytes) -> Manifest:
             f"{folder / MANIFEST} is not the manifest of a tsdiff bundle: expected kind "
             f"{_KIND!r}, got {header.kind!r}"
         )
-    if header.format > FORMAT:
+    if header.format != FORMAT:
+        newer = "upgrade tsdiff, or " if header.format > FORMAT else ""
         raise BundleError(
-            f"bundle {folder} has format {header.format}, this tsdiff reads up to {FORMAT}; "
-            "upgrade tsdiff, or train the bundle again with this version"
+            f"bundle {folder} has format {header.format}, this tsdiff reads format {FORMAT}; "
+            f"{newer}train the bundle again with this version"
         )
     try:
         manifest = msgspec.json.decode(text, type=Manifest)

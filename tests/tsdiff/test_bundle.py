@@ -84,9 +84,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "manifest.json").write_bytes(b'{"kind": "tsdiff-bu'),
         "manifest.json is not readable",
     ),
+    "older format": (
+        edit_manifest(lambda m: m.update(format=FORMAT - 1)),
+        f"has format {FORMAT - 1}, this tsdiff reads format {FORMAT}; train the bundle again",
+    ),
     "newer format": (
         edit_manifest(lambda m: m.update(format=FORMAT + 1, novelty=[1])),
-        f"has format {FORMAT + 1}, this tsdiff reads up to {FORMAT}; upgrade tsdiff",
+        f"has format {FORMAT + 1}, this tsdiff reads format {FORMAT}; upgrade tsdiff",
     ),
     "other kind": (edit_manifest(lambda m: m.update(kind="cake")), "expected kind"),
     "field lost": (edit_manifest(lambda m: m.pop("channels")), "channels"),
