@@ -22,6 +22,8 @@ from tsdiff.types import DoubleArray
 
 # Added to M's diagonal: float32 round-off of a product over some thousand cells.
 _JITTER = 1e-6
+# Windows of one anchor for which outer products of all loadings are not worth making.
+_FEW = 32
 
 
 class Anchor(NamedTuple):
@@ -200,7 +202,11 @@ def solve(
     if missing == 0:
         return Solved(residual, projection, projection, None, None)
     if missing is None:
-        lost = _unpack((~observed).astype(jnp.float32) @ _outer(whitened.loadings), rank)
+        if x.shape[0] < _FEW:
+            hidden = jnp.where(observed[..., None], 0.0, whitened.loadings)
+            lost = jnp.swapaxes(hidden, -1, -2) @ whitened.loadings
+        else:
+            lost = _unpack((~observed).astype(jnp.float32) @ _outer(whitened.loadings), rank)
         eye = jnp.eye(rank)
         correction = _polished_inverse(eye - lost) - eye
         latent = _refined(
