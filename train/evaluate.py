@@ -111,10 +111,11 @@ def score_ours(
         start=len(before),
     )
     evidence = np.nan_to_num(found.evidence)
-    # Over a fault, slots weigh as much as they say, and shares are those of errors, not of squares,
-    # as with the baselines: one wild slot does not decide it.
-    blame = np.sqrt(found.contribution) * evidence[:, None]
-    return Scored(evidence, evidence, blame.astype(np.float32))
+    # Over a fault, slots weigh as much as they say, and shares are those of errors, not of squares:
+    # one wild channel does not decide it.
+    errors = np.sqrt(found.contribution)
+    shares = errors / np.maximum(errors.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    return Scored(evidence, evidence, (shares * evidence[:, None]).astype(np.float32))
 
 
 @lru_cache(maxsize=4)
