@@ -406,6 +406,9 @@ class KafkaLocal:
     def pause(self) -> None:
         """SIGSTOP: the node is there and says nothing, as behind a network that swallows."""
         self._signal(signal.SIGSTOP)
+        if self._process is not None and hasattr(os, "waitid"):  # macOS before Python 3.13 has none
+            # The signal is only sent; on a busy machine some threads go on for a while.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT: the end of a `pause()`."""
