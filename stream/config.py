@@ -108,7 +108,7 @@ class DetectSection(_Section):
     adapt: Literal["auto", "none", "level", "full"] = Field(
         default="auto",
         description="What entities go on learning from their normal readings: their levels, or all "
-        "the model knows (full: 400 KB an entity at 38 channels, and only those of the training); "
+        "the model knows (full: 470 KB an entity at 38 channels, and only those of the training); "
         "auto is full for up to 1000 entities in training, else level",
     )
     warmup_slots: int = Field(

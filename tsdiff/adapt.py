@@ -28,7 +28,7 @@ from tsdiff.reading import Model, Whitenings, whitenings
 from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 
 MOST_FULL = 1000
-"""Entities in training up to which `auto` is `full`, else `level`: 400 KB each at 38 channels."""
+"""Entities in training up to which `auto` is `full`, else `level`: 470 KB each at 38 channels."""
 _MOST_CHANNELS = 100  # and channels: 640 KB of state alone
 HALF_LIFE = 5000.0
 _SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
