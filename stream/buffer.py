@@ -611,11 +611,9 @@ class PartitionBuffer:
         learner = self.profiles.adaptation
         if learner is None:
             return
-        read = np.arange(streams.shape[1])
-        at = (span.first_slot + grid.lag + read) % grid.ring
-        own = read < span.lengths[:, None]
-        calm = learner.calm(streams, span.model_rows) & own
-        self._calm[span.rows[:, None], at] = np.where(own, calm, self._calm[span.rows[:, None], at])
+        at = (span.first_slot + grid.lag + np.arange(streams.shape[1])) % grid.ring
+        # Past a row's own length streams are NaN, which is not calm; the rest will say more.
+        self._calm[span.rows[:, None], at] = learner.calm(streams, span.model_rows)
         for row, length in zip(span.rows.tolist(), span.lengths.tolist(), strict=True):
             self._learn(row, span.first_slot + length - 1)
 

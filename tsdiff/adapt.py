@@ -11,7 +11,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from tsdiff.anchor import refit_anchor
 from tsdiff.bundle import Bundle
 from tsdiff.config import Adapt
-from tsdiff.errors import ConfigError
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
@@ -265,12 +264,9 @@ def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | 
     """Return how entities learn, None where they do not; `auto` is `full` for all but large fleets.
 
     Raises:
-        ConfigError: there is no such kind of adaptation.
         KeyError: the bundle lacks an array.
 
     """
-    if adapt not in get_args(Adapt):
-        raise ConfigError(f"expected adapt of {', '.join(get_args(Adapt))}, got {adapt!r}")
     small = len(bundle.entities) <= MOST_FULL and len(bundle.channels) <= _MOST_CHANNELS
     if adapt == "full" or (adapt == "auto" and small):
         return Full(bundle, model)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,7 @@ class Detector:
     ) -> None:
         _one_of("a scorer", scorer, calibration.SCORERS)
         _one_of("a lag", lag, calibration.LAGS)
+        _one_of("adapt", adapt, get_args(Adapt))
         self.bundle = bundle
         self.scorer = scorer
         self.lag = lag
