@@ -384,7 +384,8 @@ def learning_seconds_per_slot(scorer: Scorer) -> float:
         state = adaptation.learn(0, None, values, calm, mean, scale)
         scorer.detect(**single, states=[state])
 
-    return (timed(learn, 1.0) - timed(lambda: scorer.detect(**single), 1.0)) / adaptation.block
+    more = timed(learn, 1.0) - timed(lambda: scorer.detect(**single), 1.0)
+    return max(more, 0.0) / adaptation.block  # learning levels is less than the clock's noise
 
 
 def compilations_while_shapes_change(scorer: Scorer) -> int:
@@ -514,6 +515,7 @@ def research_windows_per_second(
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
+    from tsdiff.reading import make_denoiser  # noqa: PLC0415
     from tsdiff.samplers import Ancestral, sample  # noqa: PLC0415
     from tsdiff.sde import LinearVP, beta_levels, linear_betas  # noqa: PLC0415
 
@@ -522,7 +524,7 @@ def research_windows_per_second(
     x = jnp.asarray(np.random.default_rng(0).standard_normal((windows, cells), np.float32))
     target = jnp.broadcast_to(jnp.arange(cells) >= cells - hidden, x.shape)
     levels = beta_levels(linear_betas(steps))
-    denoise = denoiser_of(bundle)
+    denoise = make_denoiser(bundle)
     draw = jax.jit(
         lambda key: sample(
             denoise, LinearVP(), Ancestral(), x, ~target, target, key, levels, samples=samples
@@ -530,50 +532,6 @@ def research_windows_per_second(
     )
     taken = timed(lambda: draw(jax.random.key(0)).block_until_ready(), 0.0, least=3)
     return windows / taken
-
-
-def denoiser_of(bundle: Bundle) -> Any:  # noqa: ANN401 - a DenoiseFn, whose module loads JAX
-    """The bundle's denoiser for any mask and noise level (`tsdiff.types.DenoiseFn`)."""
-    import jax.numpy as jnp  # noqa: PLC0415
-
-    from tsdiff.anchor import Anchor, posterior  # noqa: PLC0415
-    from tsdiff.precondition import denoised  # noqa: PLC0415
-    from tsdiff.reading import build_model  # noqa: PLC0415
-
-    model, channels = bundle.manifest.model, len(bundle.channels)
-    anchor = Anchor(
-        # The last one is the pooled one.
-        *(jnp.asarray(bundle.arrays[f"anchor.{name}"][-1], jnp.float32) for name in Anchor._fields)
-    )
-    inside = model.anchor_window * channels
-    served, reader = build_model(bundle)
-    network, params = reader.network, served.params
-
-    def denoise(x: Any, noise_variance: Any) -> tuple[Any, Any]:  # noqa: ANN401
-        m, s = posterior(anchor, x[:, -inside:], noise_variance[:, -inside:])
-        if network is not None and params is not None:
-            window = (len(x), model.window, channels)
-            noisy = jnp.isfinite(noise_variance) & (noise_variance > 0)
-            sigma = jnp.sqrt(jnp.where(noisy, noise_variance, 0.0).max(1))
-            before = ((0, 0), (x.shape[1] - inside, 0))
-            spread = jnp.sqrt(anchor.noise + sigma[:, None] ** 2)
-            centred = jnp.pad((x[:, -inside:] - anchor.mean) / spread, before)
-            residual, log_variance = network(
-                params,
-                x.reshape(window),
-                m.reshape(len(x), -1, channels),
-                (noise_variance == 0).reshape(window),
-                jnp.where(noisy, centred, 0.0).reshape(window),
-                sigma,
-                jnp.zeros(len(x), jnp.int32),
-                last=model.anchor_window,
-            )
-            shape = m.shape
-            m, s = denoised(m, s, residual.reshape(shape), log_variance.reshape(shape))
-        outside = jnp.zeros((len(x), x.shape[1] - inside))
-        return jnp.concatenate([outside, m], 1), jnp.concatenate([outside, s], 1)
-
-    return denoise
 
 
 # -- for people --------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         history=detector.history,
         streams=detector.streams,
         lateness_ms=config.grid.lateness_ms,
-        warmup_slots=model.bundle.manifest.model.anchor_window,
+        warmup_slots=model.bundle.manifest.model.window,
         newcomer_slots=config.detect.warmup_slots,
         stale_after_slots=config.grid.stale_after_slots,
         ttl_slots=config.grid.entity_ttl_slots,

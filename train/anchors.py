@@ -44,7 +44,7 @@ def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
     moments stand alone or lean on those of all, whichever is likelier.
     """
     model = config.model
-    length, floor = model.anchor_window, model.noise_floor
+    length, floor = model.window, model.noise_floor
     fitting = [series[:at] for series, at in zip(dataset.series, dataset.split, strict=True)]
     several = 1 < len(fitting) <= config.most_anchors
     sums = [lag_sums(part, length, np.ones(len(part), bool)) for part in fitting]
@@ -120,7 +120,7 @@ def _loss(
 ) -> float:
     """Held-out -log p in nats an observed cell."""
     series, at = dataset.series[row], dataset.split[row]
-    windows = sliding(series[at - model.anchor_window + 1 :], model.anchor_window)
+    windows = sliding(series[at - model.window + 1 :], model.window)
     # A fixed number, spread over the held-out part: one compiled shape for all entities.
     chosen = windows[np.linspace(0, len(windows) - 1, _WINDOWS).astype(int)]
     flat = np.ascontiguousarray(chosen).reshape(_WINDOWS, -1)

@@ -44,11 +44,13 @@ def _scales(
     return jnp.concatenate([settled[behind : len(settled) - lag], long], 1)
 
 
-@jax.jit
-def _combined(sample: Array, knots: Array, slope: Array) -> Array:
+@partial(jax.jit, static_argnames="unexplained")
+def _combined(sample: Array, knots: Array, slope: Array, unexplained: float) -> Array:
     """Combine the evidence of streams (N, C) as each scorer does, (J, N)."""
     evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
-    return jnp.stack([calibration.combine(evidence, name)[0] for name in calibration.SCORERS])
+    return jnp.stack(
+        [calibration.combine(evidence, name, unexplained)[0] for name in calibration.SCORERS]
+    )
 
 
 class Fitted(NamedTuple):
@@ -113,6 +115,7 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
             np.concatenate(
                 [scales(part, -1 if several else row, lag) for row, part in enumerate(unknown)]
             ),
+            reader.unexplained,
         )
         for lag in calibration.LAGS
     ]
@@ -138,7 +141,9 @@ class _Tails(NamedTuple):
     joint_slope: FloatArray
 
 
-def _fit_tails(own: Sequence[FloatArray], pooled: FloatArray) -> tuple[_Tails, FloatArray]:
+def _fit_tails(
+    own: Sequence[FloatArray], pooled: FloatArray, unexplained: float
+) -> tuple[_Tails, FloatArray]:
     """Tails of samples (N, C), and the evidence of all `own` ones by the default scorer."""
     samples = [*own, pooled]
     knots = np.stack([[calibration.fit_knots(column) for column in each.T] for each in samples])
@@ -158,7 +163,7 @@ def _fit_tails(own: Sequence[FloatArray], pooled: FloatArray) -> tuple[_Tails, F
         np.float32,
     )
     joint = [
-        np.asarray(_combined(_padded(each), knots[row], slope[row]))[:, : len(each)]
+        np.asarray(_combined(_padded(each), knots[row], slope[row], unexplained))[:, : len(each)]
         for row, each in enumerate(samples)
     ]
     joint_knots = np.stack([[calibration.fit_knots(sample) for sample in row] for row in joint])

@@ -234,18 +234,18 @@ def describe(bundle: Bundle) -> str:
     model = manifest.model
     if manifest.network is None:
         reading = "Gaussian anchor alone"
-        if "forecast_loss_network" in metrics:
+        if "imputation_loss_network" in metrics:
             reading += " (the network was no better on held-out data and was dropped)"
     else:
         reading = (
             f"Gaussian anchor and network (weight {manifest.network_weight:g}; loss per held-out "
-            f"cell {metrics['forecast_loss_network']:.3f}, anchor "
-            f"{metrics['forecast_loss_anchor']:.3f} nats)"
+            f"cell {metrics['imputation_loss_network']:.3f}, anchor "
+            f"{metrics['imputation_loss_anchor']:.3f} nats)"
         )
     lines = {
         "model": bundle.version,
         "period": f"{bundle.period_ms / 1000:g} s",
-        "window": f"{model.window} slots, the anchor sees {model.anchor_window}",
+        "window": f"{model.window} slots",
         "smoothing": f"half-life of {model.smoothing_half_life:g} slots",
         "channels": f"{len(bundle.channels)}: {_some(bundle.channels)}",
         "entities": f"{len(bundle.entities)}: {_some(bundle.entities)}",

@@ -23,12 +23,12 @@ class TrainConfig:
     held_out: float = 0.15
     min_held_out: int = 512  # slots: ten exceedances of the 98th percentile
     network_weight: float | None = None
-    steps: int = 1000
+    steps: int = 4000
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     ema: float = 0.99
-    evaluate_every: int = 100
+    evaluate_every: int = 250
     patience: int = 4  # evaluations without improvement
     max_minutes: float | None = None
     most_anchors: int = 64

@@ -69,7 +69,7 @@ class Dataset:
 
 def fewest_rows(model: ModelConfig) -> int:
     """Slots an entity must have so that there is something to fit and something to hold out."""
-    return 3 * model.window
+    return 12 * model.window
 
 
 def held_out_slots(length: int, config: TrainConfig) -> int:
@@ -95,7 +95,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         if len(grid) < needed:
             raise HistoryError(
                 f"expected at least {needed} slots of {period_ms / 1000:g} s per entity "
-                f"(3 windows of {config.model.window}), {entity.entity} has {len(grid)}; give "
+                f"(12 windows of {config.model.window}), {entity.entity} has {len(grid)}; give "
                 "longer history, a shorter --period, a smaller --window, or leave it out: an "
                 "entity never seen in training is scored with the pooled statistics"
             )

@@ -140,7 +140,7 @@ def series_of(detector: Detector, bundle: Bundle, history: EntityHistory) -> Ser
     )
     row = detector.row(history.entity)
     mean, scale = detector.statistics(row)
-    first = bundle.manifest.model.anchor_window
+    first = bundle.manifest.model.window
     if row < 0:
         first = _NEWCOMER_SLOTS
         seen = values[:first].astype(np.float64)

@@ -15,14 +15,17 @@ from jaxtyping import Float, Int
 from train.config import TrainConfig
 from train.data import Dataset
 from train.state import TrainState
-from tsdiff.anchor import Anchor
+from tsdiff.anchor import Anchor, Whitened
 from tsdiff.config import ModelConfig
 from tsdiff.denoiser import Network, Params
-from tsdiff.loss import loss, negative_log_likelihood, pose, pose_forecast
+from tsdiff.loss import denoising_loss, imputation_losses, pose, pose_imputation
 
 _HELD_OUT_WINDOWS = 1024
 _EVALUATED_AT_ONCE = 128
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Weight of the loss over all masks and noise levels, beside that of the reading that is served.
+_DENOISING = 0.25
+_NEVER_SEEN = 0.15  # how often a window's entity is not told
 
 
 class Windows(NamedTuple):
@@ -53,6 +56,13 @@ def windows_of(dataset: Dataset, length: int, *, held_out: bool) -> Windows:
         jnp.asarray(firsts, jnp.int32),
         jnp.asarray(rows, jnp.int32),
     )
+
+
+class Anchored(NamedTuple):
+    """A stacked anchors, and the same at noise level 0 for serving's reading."""
+
+    anchor: Anchor
+    clean: Whitened
 
 
 def _cut(windows: Windows, chosen: Int[Array, " B"], length: int) -> Float[Array, "B L D"]:
@@ -92,23 +102,26 @@ class Training:
 
 @partial(jax.jit, static_argnums=0)
 def train_step(
-    training: Training, state: TrainState, windows: Windows, anchor: Anchor
+    training: Training, state: TrainState, windows: Windows, anchored: Anchored
 ) -> tuple[TrainState, Array]:
     """One step: the next state and this batch's loss. Compiled once for each `training`."""
     config, model = training.config, training.model
     # XLA's own generator: threefry would take longer to compile than all the rest of the step.
     key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), state.step)
-    key_window, key_problem = jax.random.split(key)
+    key_window, key_problem, key_entity = jax.random.split(key, 3)
     chosen = jax.random.randint(key_window, (config.batch,), 0, windows.first.shape[0])
-    problem = pose(
-        key_problem,
-        anchor,
-        _cut(windows, chosen, model.window),
-        windows.row[chosen],
-        model,
-        config.diffusion,
-    )
-    value, gradient = jax.value_and_grad(loss, argnums=1)(training.network, state.params, problem)
+    # Sometimes an entity is not told, so that new ones have a row.
+    unseen = jax.random.bernoulli(key_entity, _NEVER_SEEN, (config.batch,))
+    rows = jnp.where(unseen, -1, windows.row[chosen])
+    cut = _cut(windows, chosen, model.window)
+    problem = pose(key_problem, anchored.anchor, cut, rows, model, config.diffusion)
+    served = pose_imputation(anchored.clean, cut, rows, model.hidden)
+
+    def loss(params: Params) -> Array:
+        imputing = jnp.nanmean(imputation_losses(training.network, params, served))
+        return imputing + _DENOISING * denoising_loss(training.network, params, problem)
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
     updates, optimizer = training.optimizer.update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     # Young averages forget faster, or the start would weigh on them for hundreds of steps.
@@ -118,30 +131,23 @@ def train_step(
 
 
 @partial(jax.jit, static_argnums=0)
-def held_out_losses(training: Training, params: Params, windows: Windows, anchor: Anchor) -> Array:
-    """Mean negative log-likelihood per cell of the forecast, (G,), one for each weight."""
+def held_out_losses(
+    training: Training, params: Params, windows: Windows, anchored: Anchored
+) -> Array:
+    """Mean negative log-likelihood per cell of what serving reads, (G, D), a row a weight."""
     model = training.model
     total = windows.first.shape[0]
     size = min(_EVALUATED_AT_ONCE, total)
     index = jnp.arange(total - total % size).reshape(-1, size)
 
     def one(chosen: Array) -> Array:
-        problem = pose_forecast(
-            anchor, _cut(windows, chosen, model.window), windows.row[chosen], model
+        problem = pose_imputation(
+            anchored.clean,
+            _cut(windows, chosen, model.window),
+            windows.row[chosen],
+            model.hidden,
         )
-        residual, log_variance = training.network(
-            params,
-            problem.x,
-            problem.m,
-            problem.conditioned,
-            None,
-            problem.sigma,
-            problem.rows,
-            last=model.hidden,
-        )
-        return jnp.stack(
-            [negative_log_likelihood(problem, residual, log_variance, weight) for weight in WEIGHTS]
-        )
+        return imputation_losses(training.network, params, problem, WEIGHTS)
 
     losses: Array = jax.lax.map(one, index)
-    return losses.mean(0)
+    return jnp.nan_to_num(jnp.nanmean(losses, axis=(0, 2)))

@@ -170,8 +170,8 @@ class Full(Adaptation):
         super().__init__(bundle)
         self._config = bundle.manifest.model
         self._channels = len(bundle.channels)
-        self.context = self._config.anchor_window - 1
-        self.size = self._channels * (1 + self._config.anchor_window * self._channels)
+        self.context = self._config.window - 1
+        self.size = self._channels * (1 + self._config.window * self._channels)
         self._lags = np.asarray(bundle.arrays["moments.lags"], np.float32)
         self._fitted = [
             np.asarray(bundle.arrays[f"anchor.{name}"], np.float64)
@@ -211,7 +211,7 @@ class Full(Adaptation):
     def _learn(
         self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
     ) -> FloatArray:
-        old, sums = self.moments_of(row, state), lag_sums(z, self._config.anchor_window, calm)
+        old, sums = self.moments_of(row, state), lag_sums(z, self._config.window, calm)
         taught = float(np.count_nonzero(calm))
         mean = _mixed(old.mean, sums.total, sums.number, taught)
         lags = _mixed(old.lags, sums.products, sums.pairs, taught)
@@ -238,7 +238,7 @@ class Full(Adaptation):
         if state is not None:
             moments = self.moments_of(row, state)
             floor = self._config.noise_floor
-            mean = np.tile(moments.mean, self._config.anchor_window)
+            mean = np.tile(moments.mean, self._config.window)
             loadings, noise = refit_anchor(moments.covariance(), loadings, noise, floor)
         return whitenings(mean, loadings, noise, self._config)
 

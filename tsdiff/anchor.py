@@ -309,10 +309,14 @@ def negative_log_likelihood(
 
 
 class Masked(NamedTuple):
-    """What the rest of the window says about the last slot's cells: mean and sd, (B, D)."""
+    """What the rest of the window says about the last slot's cells: mean and sd, (B, D).
+
+    `hidden` (B, D, h) are the means of all cells that were hidden for it, a channel's newest last.
+    """
 
     expected: Float[Array, "B D"]
     sd: Float[Array, "B D"]
+    hidden: Float[Array, "B D h"]
 
 
 def masked_reading(
@@ -348,10 +352,12 @@ def masked_reading(
     system = jnp.eye(hidden) - gram * o[..., :, None] * o[..., None, :]
     link = gram[..., -1, :] * o
     solution = _solve_small(system, jnp.stack(jnp.broadcast_arrays(without * o, link), -1))
-    mean = without[..., -1] + (link * solution[..., 0]).sum(-1)
+    mean = without + (gram * o[..., None, :] * solution[..., None, :, 0]).sum(-1)
     variance = 1.0 + gram[..., -1, -1] + (link * solution[..., 1]).sum(-1)
-    scale, centre = whitened.scale[-channels:], whitened.mean[-channels:]
-    return Masked(centre + scale * mean, scale * jnp.sqrt(jnp.broadcast_to(variance, mean.shape)))
+    scale = whitened.scale[-hidden * channels :].reshape(hidden, channels).T
+    told_of = whitened.mean[-hidden * channels :].reshape(hidden, channels).T + scale * mean
+    sd = scale[:, -1] * jnp.sqrt(jnp.broadcast_to(variance, mean.shape[:2]))
+    return Masked(told_of[..., -1], sd, told_of)
 
 
 def _solve_small(

@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_arrays
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"
@@ -36,7 +36,8 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of a bundle but its arrays.
 
-    `network_weight` is the network's gate g (0: it was dropped, and `network` is None);
+    `network_weight` is the network's gate g (0: it was dropped, and `network` is None),
+    `network_unexplained` the share of the anchor's held-out loss that it leaves (1 without one);
     `fingerprint` identifies the training data; `metrics` were measured on held-out data.
     """
 
@@ -50,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     model: ModelConfig
     network: NetworkConfig | None
     network_weight: float
+    network_unexplained: float
     training: dict[str, int | float | str | bool]
     fingerprint: str
     metrics: dict[str, float]

@@ -118,22 +118,26 @@ def stream_evidence(
     return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)
 
 
-def combine(evidence: Float[Array, "E T C"], scorer: str) -> Float[Array, "E T"]:
-    """Combine the streams (reconstruction, density, forecast; each at two scales) of a scorer.
+def combine(
+    evidence: Float[Array, "E T C"], scorer: str, unexplained: float = 1.0
+) -> Float[Array, "E T"]:
+    """Combine the streams (`scorers.STREAMS`, each at two scales) of a scorer.
 
-    `reconstruction` adds what is off with the cells seen and with them hidden; `hybrid` also asks
-    how dense normal data are here. The forecast's evidence is added, since it did not see the cells
-    it judges: a maximum over all three would only pay for more chances of a false alarm.
+    `reconstruction` adds what is off with the cells seen and with the newest slots hidden; `hybrid`
+    also asks how dense normal data are here. The forecast's evidence is added, since it did not see
+    the cells it judges: a maximum over all would only pay for more chances of a false alarm. All
+    that is the anchor's, and counts by the share of its errors that the network leaves
+    `unexplained`; the imputation, which is the network's, by the rest.
     """
     streams = evidence.shape[-1] // 2
-    reconstruction, density, forecast = (
-        jnp.maximum(evidence[..., stream], evidence[..., streams + stream]) for stream in range(3)
+    reconstruction, density, forecast, imputation = (
+        jnp.maximum(evidence[..., stream], evidence[..., streams + stream]) for stream in range(4)
     )
-    if scorer == "reconstruction":
-        return reconstruction + forecast
     if scorer == "density":
         return density
-    return jnp.maximum(reconstruction, density) + forecast
+    if scorer == "hybrid":
+        reconstruction = jnp.maximum(reconstruction, density)
+    return unexplained * (reconstruction + forecast) + (1.0 - unexplained) * imputation
 
 
 def joint_evidence(

@@ -13,14 +13,12 @@ Adapt = Literal["auto", "none", "level", "full"]
 class ModelConfig:
     """What a window is, and the Gaussian anchor. Lengths are in slots, noise in normalised units.
 
-    `window` is the context kept per entity; `anchor_window` how much of it the anchor sees;
-    `hidden` how many last slots a masked reading hides; `sigma` the noise level of the
-    unmasked reading; `smoothing` the slots of the streams' long scale, in which a slot weighs half
-    of one that is `smoothing_half_life` slots younger.
+    `window` is what is read at once; `hidden` how many last slots a masked reading hides; `sigma`
+    the noise level of the unmasked reading; `smoothing` the slots of the streams' long scale, in
+    which a slot weighs half of one that is `smoothing_half_life` slots younger.
     """
 
-    window: int = 64
-    anchor_window: int = 16  # 16 slots of 38 channels is what a 64-rank Gaussian can learn in a day
+    window: int = 16  # what a 32-rank Gaussian can learn of 38 channels in a day
     rank: int = 32  # 64 and 128 find no more and cost two and four times as much
     noise_floor: float = 0.1  # variance; keeps float32 algebra well-conditioned (cond(M) < 1e5)
     scale_floor: float = 0.05  # of the typical standard deviation: near-constant channels
@@ -31,10 +29,9 @@ class ModelConfig:
     smoothing_half_life: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.hidden < self.anchor_window <= self.window:
+        if not 1 <= self.hidden < self.window:
             raise ConfigError(
-                "expected 1 <= hidden < anchor_window <= window, got "
-                f"hidden={self.hidden}, anchor_window={self.anchor_window}, window={self.window}"
+                f"expected 1 <= hidden < window, got hidden={self.hidden}, window={self.window}"
             )
         if self.rank < 1 or self.smoothing < 1:
             raise ConfigError(
@@ -50,16 +47,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The network on the anchor: a mixer over tokens of `patch` slots."""
+    """The network on the anchor: a residual perceptron of `blocks` steps over `width` features."""
 
     width: int = 96
     blocks: int = 2
-    patch: int = 4  # tokens of several slots: a quarter of the arithmetic of slot tokens
     expand: int = 2
     entity_width: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.width, self.blocks, self.patch, self.expand, self.entity_width) < 1:
+        if min(self.width, self.blocks, self.expand, self.entity_width) < 1:
             raise ConfigError(f"expected positive sizes for the network, got {self}")
 
 

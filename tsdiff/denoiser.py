@@ -1,10 +1,12 @@
 # ruff: noqa: F722
 """The Flax network on the anchor's residuals. The only file of the library that imports Flax.
 
-A mixer (Tolstikhin et al. 2021) over tokens of several slots, modulated by noise level and entity
-(adaLN; Peebles & Xie 2023). Values enter relative to the mean of what was observed of the window,
-since levels drift and are the anchor's business. Parameters are a flat mapping from names to
-arrays, in training, in checkpoints and in the bundle.
+A residual perceptron over all cells of a window, modulated by noise level and entity (adaLN;
+Peebles & Xie 2023). Its first layer is linear in the cells, so what it would see with one channel's
+newest slots hidden is what it sees of the whole window less that channel's share: all D channels
+are judged by all others in one pass, as a blind-spot network judges pixels (Laine et al. 2019,
+arXiv:1901.10277). Parameters are a flat mapping from names to arrays, in training, in checkpoints
+and in the bundle.
 """
 
 from collections.abc import Mapping
@@ -17,103 +19,128 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from tsdiff.config import ModelConfig, NetworkConfig
-from tsdiff.errors import ConfigError
 from tsdiff.precondition import bounded, c_noise
 
 Params = Mapping[str, Array]
+# Inputs in normalised units, beyond which another number says no more.
+_FURTHEST = 8.0
 
 
 class _Block(nnx.Module):
-    """Mix tokens, then features; scales and shifts come from the condition."""
+    """A residual step over features; scale and shift come from the condition."""
 
-    def __init__(self, tokens: int, config: NetworkConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: NetworkConfig, rngs: nnx.Rngs) -> None:
         width, wide = config.width, config.width * config.expand
         zeros = nnx.initializers.zeros_init()
-        self.modulation = nnx.Linear(width, 4 * width, kernel_init=zeros, rngs=rngs)
-        self.norm_tokens = nnx.LayerNorm(width, use_bias=False, use_scale=False, rngs=rngs)
-        self.norm_features = nnx.LayerNorm(width, use_bias=False, use_scale=False, rngs=rngs)
-        self.tokens_in = nnx.Linear(tokens, tokens * config.expand, rngs=rngs)
-        self.tokens_out = nnx.Linear(tokens * config.expand, tokens, rngs=rngs)
-        self.features_in = nnx.Linear(width, wide, rngs=rngs)
-        self.features_out = nnx.Linear(wide, width, rngs=rngs)
+        self.modulation = nnx.Linear(width, 2 * width, kernel_init=zeros, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, use_bias=False, use_scale=False, rngs=rngs)
+        self.widen = nnx.Linear(width, wide, rngs=rngs)
+        self.narrow = nnx.Linear(wide, width, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "B T F"], condition: Float[Array, "B F"]) -> Array:
-        scale_t, shift_t, scale_f, shift_f = jnp.split(self.modulation(condition)[:, None], 4, -1)
-        mixed = (self.norm_tokens(h) * (1.0 + scale_t) + shift_t).transpose(0, 2, 1)
-        h = h + self.tokens_out(nnx.gelu(self.tokens_in(mixed))).transpose(0, 2, 1)
-        mixed = self.norm_features(h) * (1.0 + scale_f) + shift_f
-        return h + self.features_out(nnx.gelu(self.features_in(mixed)))
+    def __call__(self, h: Float[Array, "B *n F"], condition: Float[Array, "B F"]) -> Array:
+        extra = (1,) * (h.ndim - condition.ndim)
+        shape = (len(condition), *extra, -1)
+        scale, shift = jnp.split(self.modulation(condition).reshape(shape), 2, -1)
+        mixed = self.norm(h) * (1.0 + scale) + shift
+        return h + self.narrow(nnx.gelu(self.widen(mixed)))
 
 
-class _Mixer(nnx.Module):
-    """Windows -> residual and log-variance factor per cell of the last slots."""
+class _Perceptron(nnx.Module):
+    """Windows -> residual and log-variance factor per cell."""
 
     def __init__(
         self, channels: int, rows: int, model: ModelConfig, config: NetworkConfig, rngs: nnx.Rngs
     ) -> None:
-        self.patch = config.patch
-        cells = config.patch * channels
-        width = config.width
+        cells, width = model.window * channels, config.width
         zeros = nnx.initializers.zeros_init()
-        self.embed = nnx.Linear(2 * cells, width, rngs=rngs)
-        self.embed_noisy = nnx.Linear(cells, width, use_bias=False, kernel_init=zeros, rngs=rngs)
+        self.shape = (model.window, channels)
+        self.values = nnx.Linear(cells, width, rngs=rngs)
+        # Whose cells are hidden is told by what is not known: a few cells must make a difference.
+        loud = nnx.initializers.normal(0.15)
+        self.known = nnx.Linear(cells, width, use_bias=False, kernel_init=loud, rngs=rngs)
+        self.stand_in = nnx.Linear(cells, width, use_bias=False, kernel_init=loud, rngs=rngs)
+        self.noisy = nnx.Linear(cells, width, use_bias=False, kernel_init=zeros, rngs=rngs)
         self.entity = nnx.Embed(rows, config.entity_width, rngs=rngs)
         self.condition = nnx.Linear(config.entity_width + 3, width, rngs=rngs)
-        tokens = model.window // config.patch
-        self.blocks = nnx.List([_Block(tokens, config, rngs) for _ in range(config.blocks)])
+        self.blocks = nnx.List([_Block(config, rngs) for _ in range(config.blocks)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         # Zero at first: training starts at the anchor.
         self.head = nnx.Linear(width, 2 * cells, kernel_init=zeros, rngs=rngs)
 
-    def __call__(
-        self,
-        values: Float[Array, "B L D"],
-        conditioned: Bool[Array, "B L D"],
-        noisy: Float[Array, "B L D"] | None,
-        sigma: Float[Array, " B"],
-        rows: Int[Array, " B"],
-        last: int,
-    ) -> tuple[Float[Array, "B last D"], Float[Array, "B last D"]]:
-        batch, _, channels = values.shape
+    def seen(self, values: Float[Array, "B L D"], known: Float[Array, "B L D"]) -> Array:
+        """The first layer of what is conditioned, (B, F)."""
+        flat = (len(values), -1)
+        return self.values(values.reshape(flat)) + self.known(known.reshape(flat))
 
-        def tokens(x: Array) -> Array:
-            return x.reshape(batch, -1, self.patch * channels)
-
-        known = conditioned.astype(values.dtype)
-        h = self.embed(jnp.concatenate([tokens(values), tokens(known)], -1))
-        if noisy is not None:
-            h = h + self.embed_noisy(tokens(noisy))
+    def features(
+        self, h: Float[Array, "B *n F"], sigma: Float[Array, " B"], rows: Int[Array, " B"]
+    ) -> Array:
+        """All but the first and the last layer."""
         level = c_noise(sigma)
         noise = jnp.stack([level, jnp.sin(3.0 * level), jnp.cos(3.0 * level)], -1)
         condition = nnx.gelu(self.condition(jnp.concatenate([self.entity(rows), noise], -1)))
+        h = nnx.gelu(h)
         for block in self.blocks:
             h = block(h, condition)
-        out = self.head(self.norm(h[:, -(last // self.patch) :]))
-        residual, log_variance = jnp.split(out, 2, -1)
-        shape = (batch, last, channels)
-        return residual.reshape(shape), bounded(log_variance.reshape(shape))
+        return jnp.asarray(self.norm(h))
+
+    def newest(self, layer: nnx.Linear, last: int) -> Float[Array, "last D F"]:
+        """Rows of a first layer for the newest slots."""
+        return jnp.asarray(layer.kernel[...]).reshape(*self.shape, -1)[-last:]
+
+    def __call__(
+        self,
+        values: Float[Array, "B L D"],
+        known: Float[Array, "B L D"],
+        stand_in: Float[Array, "B L D"],
+        noisy: Float[Array, "B L D"],
+        sigma: Float[Array, " B"],
+        rows: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        flat = (len(values), -1)
+        h = self.seen(values, known) + self.stand_in(stand_in.reshape(flat))
+        h = h + self.noisy(noisy.reshape(flat))
+        out = self.head(self.features(h, sigma, rows)).reshape(-1, 2, *self.shape)
+        return out[:, 0], bounded(out[:, 1])
+
+    def each(
+        self,
+        values: Float[Array, "B L D"],
+        known: Float[Array, "B L D"],
+        stand_in: Float[Array, "B D h"],
+        rows: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+        hidden = stand_in.shape[-1]
+        own = jnp.einsum("bhd,hdf->bdf", values[:, -hidden:], self.newest(self.values, hidden))
+        own += jnp.einsum("bhd,hdf->bdf", known[:, -hidden:], self.newest(self.known, hidden))
+        h = self.seen(values, known)[:, None] - own
+        h += jnp.einsum("bdh,hdf->bdf", stand_in, self.newest(self.stand_in, hidden))
+        h = self.features(h, jnp.full(len(values), jnp.inf), rows)
+        # Of each channel's features, the head for that channel's newest cell.
+        head = jnp.asarray(self.head.kernel[...]).reshape(-1, 2, *self.shape)[:, :, -1]
+        assert self.head.bias is not None  # noqa: S101 - as it was built
+        bias = jnp.asarray(self.head.bias[...]).reshape(2, *self.shape)[:, -1]
+        out = jnp.einsum("bdf,fkd->bkd", h, head) + bias
+        return out[:, 0], bounded(out[:, 1])
 
 
 @dataclass(frozen=True)
 class Network:
-    """The network's shape; `initialize` makes parameters, calling it applies them."""
+    """The network's shape; `initialize` makes parameters, calling it applies them.
+
+    Residuals and log-variances are in units of the anchor's s. `x` and `m` are relative to the
+    anchor's mean: levels drift, and are the anchor's business. `rows`: -1 or the entity's row.
+    """
 
     channels: int
     entities: int
     model: ModelConfig
     config: NetworkConfig
 
-    def __post_init__(self) -> None:
-        patch = self.config.patch
-        for name in ("window", "anchor_window", "hidden"):
-            if getattr(self.model, name) % patch:
-                raise ConfigError(
-                    f"expected {name} to be a multiple of the network's patch of {patch} slots, "
-                    f"got {getattr(self.model, name)}"
-                )
-
-    def _module(self, seed: int) -> _Mixer:
-        return _Mixer(self.channels, self.entities + 1, self.model, self.config, nnx.Rngs(seed))
+    def _module(self, seed: int) -> _Perceptron:
+        return _Perceptron(
+            self.channels, self.entities + 1, self.model, self.config, nnx.Rngs(seed)
+        )
 
     def initialize(self, seed: int) -> dict[str, Array]:
         """Return parameters; the same seed gives the same."""
@@ -121,37 +148,61 @@ class Network:
         leaves, _ = jax.tree_util.tree_flatten_with_path(state)
         return {_name(path): leaf for path, leaf in leaves}
 
+    def _with(self, params: Params) -> _Perceptron:
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: self._module(0)), nnx.Param)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+        state = jax.tree_util.tree_unflatten(tree, [params[_name(path)] for path, _ in leaves])
+        return nnx.merge(graph, state)
+
+    def _rows(self, rows: Int[Array, " B"]) -> Int[Array, " B"]:
+        return jnp.where(rows < 0, self.entities, rows)
+
     def __call__(
         self,
         params: Params,
         x: Float[Array, "B L D"],
-        m: Float[Array, "B A D"],
+        m: Float[Array, "B L D"],
         conditioned: Bool[Array, "B L D"],
-        noisy: Float[Array, "B L D"] | None,
+        hidden: Bool[Array, "B L D"],
+        noisy: Float[Array, "B L D"],
         sigma: Float[Array, " B"],
         rows: Int[Array, " B"],
-        *,
-        last: int,
-    ) -> tuple[Float[Array, "B last D"], Float[Array, "B last D"]]:
-        """F's residual and log-variance for the last `last` slots, in units of the anchor's s.
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
+        """F's residual and log-variance for every cell, under any mask and noise level.
 
-        `x` are the conditioned values (ignored elsewhere), `m` the anchor's posterior mean of the
-        last A slots, which stands in for what is not conditioned; `noisy` is c_in times the noisy
-        targets (None: sigma is infinite everywhere). `rows`: -1 or the entity's row.
+        `x` counts where `conditioned`; where `hidden`, the anchor's posterior mean `m` stands in
+        and `noisy` is c_in times the noisy targets (0 where sigma is infinite).
         """
-        count = conditioned.sum(1, keepdims=True)
-        level = jnp.where(conditioned, x, 0.0).sum(1, keepdims=True) / jnp.maximum(count, 1)
-        inside = m.shape[1]
-        stand_in = jnp.pad(m - level, ((0, 0), (x.shape[1] - inside, 0), (0, 0)))
-        values = jnp.where(conditioned, x - level, stand_in)
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: self._module(0)), nnx.Param)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
-        state = jax.tree_util.tree_unflatten(tree, [params[_name(path)] for path, _ in leaves])
-        mixer = nnx.merge(graph, state)
-        known = jnp.where(rows < 0, self.entities, rows)
-        return mixer(values, conditioned, noisy, sigma, known, last)
+        return self._with(params)(
+            jnp.where(conditioned, _bounded(x), 0.0),
+            conditioned.astype(x.dtype),
+            jnp.where(hidden, _bounded(m), 0.0),
+            noisy,
+            sigma,
+            self._rows(rows),
+        )
+
+    def each(
+        self,
+        params: Params,
+        x: Float[Array, "B L D"],
+        m: Float[Array, "B D h"],
+        observed: Bool[Array, "B L D"],
+        rows: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+        """As calling it D times, each time with one channel's last h cells hidden, sigma infinite.
+
+        `m` is the anchor's posterior mean of these cells. Returns every channel's last cell.
+        """
+        values = jnp.where(observed, _bounded(x), 0.0)
+        known = observed.astype(x.dtype)
+        return self._with(params).each(values, known, _bounded(m), self._rows(rows))
+
+
+def _bounded(x: Array) -> Array:
+    return jnp.clip(x, -_FURTHEST, _FURTHEST)
 
 
 def _name(path: tuple[object, ...]) -> str:
-    """`blocks.0.tokens_in.kernel` from a path of the state."""
+    """`blocks.0.widen.kernel` from a path of the state."""
     return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

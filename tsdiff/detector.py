@@ -129,7 +129,7 @@ def detect_spans(
     )
     if lag:
         read = read_spans(model, z[:, :last], rows, reader, missing=missing)
-    combined = calibration.combine(evidence, scorer)
+    combined = calibration.combine(evidence, scorer, reader.unexplained)
     joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
     z = z[:, config.window - 1 : last]
     observed = jnp.isfinite(z)
@@ -388,7 +388,7 @@ class Detector:
 
     def _most_missing(self, values: FloatArray, lengths: IntArray) -> NDArray[np.int64]:
         """Most missing cells in any anchor window of each entity's span, (E,)."""
-        length = self._config.anchor_window
+        length = self._config.window
         cells = np.count_nonzero(~np.isfinite(values[:, self.window - length :]), axis=2)
         windows = np.lib.stride_tricks.sliding_window_view(cells, length, axis=1).sum(2)
         # Padding after an entity's own length does not make its windows incomplete.

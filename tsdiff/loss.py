@@ -5,6 +5,7 @@ A batch is a pure function of its key. Cells are conditioned (clean), targets (n
 saying nothing at sigma to infinity) or missing (never either).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,44 +14,68 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from tsdiff import masks
-from tsdiff.anchor import Anchor, anchor_index, posterior
+from tsdiff.anchor import (
+    Anchor,
+    Masked,
+    Whitened,
+    anchor_index,
+    masked_reading,
+    posterior,
+    solve,
+)
 from tsdiff.config import DiffusionConfig, ModelConfig
 from tsdiff.denoiser import Network, Params
 from tsdiff.precondition import widening
 
-# How often each mask is drawn. Forecasting is what is read in serving, half of the time with some
-# channels shown, so that the network learns how channels go together as well.
+# How often each mask is drawn. What serving reads has a loss of its own (`Imputation`).
 _SHARES = {
-    "none": 0.08,
-    "last": 0.36,
-    "last_some": 0.3,
-    "grating": 0.1,
-    "group": 0.1,
-    "random": 0.06,
+    "none": 0.2,
+    "last": 0.2,
+    "last_some": 0.2,
+    "grating": 0.15,
+    "group": 0.15,
+    "random": 0.1,
 }
-_NEVER_SEEN = 0.15  # how often a window's entity is hidden, so that new entities have a row
+_FURTHEST = 10.0  # standard deviations of the anchor
 
 
 class Problem(NamedTuple):
-    """A batch ready for the network: what it sees, and what it should have said.
+    """A batch ready for the network: what it sees, and what it should have said, (B, L, D).
 
-    `x` (B, L, D) normalised, 0 where missing; `m`, `s` (B, A, D) the anchor's posterior;
-    `conditioned` (B, L, D); `target` (B, A, D); `noisy` (B, L, D); `sigma` (B,); `rows` (B,).
+    `x` normalised, 0 where missing; `m`, `s` the anchor's posterior and `mean` its mean;
+    `conditioned`, `hidden` and `target` (hidden and observed) masks; `noisy` c_in times the noisy
+    targets; `sigma` (B,); `rows` (B,).
     """
 
     x: Array
     m: Array
     s: Array
+    mean: Array
     conditioned: Array
+    hidden: Array
     target: Array
     noisy: Array
     sigma: Array
     rows: Array
 
 
+class Imputation(NamedTuple):
+    """What serving asks: each channel's last cell, its own last `hidden` cells hidden.
+
+    `x`, `observed`, `mean` (B, L, D); `m` (B, D, h), `s` (B, D) the anchor's; `rows` (B,).
+    """
+
+    x: Array
+    observed: Array
+    mean: Array
+    m: Array
+    s: Array
+    rows: Array
+
+
 def draw_masks(key: PRNGKeyArray, batch: int, channels: int, config: ModelConfig) -> Array:
-    """Draw the hidden cells of the anchor's part of each window, (B, A, D)."""
-    length, hidden = config.anchor_window, config.hidden
+    """Draw the hidden cells of each window, (B, L, D)."""
+    length, hidden = config.window, config.hidden
     key_kind, key_phase, key_rest = jax.random.split(key, 3)
     shares = jnp.asarray(list(_SHARES.values()))
     kind = jax.random.categorical(key_kind, jnp.log(shares), shape=(batch,))
@@ -87,7 +112,7 @@ def pose(
     diffusion: DiffusionConfig,
 ) -> Problem:
     """Draw masks and noise for windows (normalised, NaN missing); `anchor` holds A stacked ones."""
-    key_mask, key_sigma, key_infinite, key_noise, key_entity = jax.random.split(key, 5)
+    key_mask, key_sigma, key_infinite, key_noise = jax.random.split(key, 4)
     batch, _, channels = window.shape
     hidden = draw_masks(key_mask, batch, channels, model)
     # With nothing hidden every cell is a noisy target (and infinity would leave nothing to see).
@@ -98,84 +123,110 @@ def pose(
     )
     infinite = jax.random.bernoulli(key_infinite, diffusion.infinite_share, (batch,)) & ~nothing
     sigma = jnp.where(infinite, jnp.inf, jnp.exp(log_sigma))
-    unseen = jax.random.bernoulli(key_entity, _NEVER_SEEN, (batch,))
     noise = jax.random.normal(key_noise, hidden.shape)
-    return _pose(anchor, window, hidden, sigma, noise, jnp.where(unseen, -1, rows))
+    return _pose(anchor, window, hidden, sigma, noise, rows)
 
 
-def pose_forecast(
-    anchor: Anchor, window: Float[Array, "B L D"], rows: Int[Array, " B"], model: ModelConfig
-) -> Problem:
-    """The problem that serving poses: the last slots hidden, sigma to infinity."""
-    batch, _, channels = window.shape
-    hidden = jnp.broadcast_to(
-        masks.last(model.anchor_window, channels, model.hidden),
-        (batch, model.anchor_window, channels),
-    )
-    sigma = jnp.full(batch, jnp.inf)
-    return _pose(anchor, window, hidden, sigma, jnp.zeros(hidden.shape), rows)
+def pose_imputation(
+    clean: Whitened, window: Float[Array, "B L D"], rows: Int[Array, " B"], hidden: int
+) -> Imputation:
+    """The problem that serving poses; `clean` holds A stacked anchors at noise level 0."""
+    observed = jnp.isfinite(window)
+    x = jnp.where(observed, window, 0.0)
+    own = jax.tree.map(lambda part: part[anchor_index(rows, clean.mean.shape[0])], clean)
+
+    def one(anchor: Whitened, x: Array, observed: Array) -> Masked:
+        flat, seen = x.reshape(1, -1), observed.reshape(1, -1)
+        solved = solve(anchor, flat, seen, missing=None)
+        return masked_reading(anchor, solved, seen, x.shape[-1], hidden)
+
+    masked = Masked(*(part[:, 0] for part in jax.vmap(one)(own, x, observed)))
+    return Imputation(x, observed, own.mean.reshape(x.shape), masked.hidden, masked.sd, rows)
 
 
 def _pose(
     anchor: Anchor,
     window: Float[Array, "B L D"],
-    hidden: Bool[Array, "B A D"],
+    hidden: Bool[Array, "B L D"],
     sigma: Float[Array, " B"],
-    noise: Float[Array, "B A D"],
+    noise: Float[Array, "B L D"],
     rows: Int[Array, " B"],
 ) -> Problem:
-    batch, length, channels = window.shape
-    inside = hidden.shape[1]
     observed = jnp.isfinite(window)
     x = jnp.where(observed, window, 0.0)
-    seen = observed[:, -inside:]
-    target = seen & hidden
+    target = observed & hidden
     level = jnp.where(jnp.isfinite(sigma), sigma, 0.0)[:, None, None]
-    noisy = x[:, -inside:] + level * noise
+    noisy = x + level * noise
     variance = jnp.where(hidden, (sigma**2)[:, None, None], 0.0)
-    variance = jnp.where(seen, variance, jnp.inf)
-    given = jnp.where(target, noisy, x[:, -inside:])
-    flat = (batch, inside * channels)
-    anchor = Anchor(*(part[anchor_index(rows, anchor.mean.shape[0])] for part in anchor))
-    m, s = posterior(anchor, given.reshape(flat), variance.reshape(flat))
-    m, s = m.reshape(hidden.shape), s.reshape(hidden.shape)
-    spread = jnp.sqrt(anchor.noise.reshape(hidden.shape) + level**2)
-    centred = (noisy - anchor.mean.reshape(hidden.shape)) / spread
+    variance = jnp.where(observed, variance, jnp.inf)
+    given = jnp.where(target, noisy, x)
+    flat = (len(x), -1)
+    own = Anchor(*(part[anchor_index(rows, anchor.mean.shape[0])] for part in anchor))
+    m, s = posterior(own, given.reshape(flat), variance.reshape(flat))
+    mean = own.mean.reshape(x.shape)
+    centred = (noisy - mean) / jnp.sqrt(own.noise.reshape(x.shape) + level**2)
     shown = target & jnp.isfinite(sigma)[:, None, None]
-    before = ((0, 0), (length - inside, 0), (0, 0))
-    conditioned = observed & ~jnp.pad(hidden, before)
     return Problem(
-        x, m, s, conditioned, target, jnp.pad(jnp.where(shown, centred, 0.0), before), sigma, rows
+        x,
+        m.reshape(x.shape),
+        s.reshape(x.shape),
+        mean,
+        observed & ~hidden,
+        hidden,
+        target,
+        jnp.where(shown, centred, 0.0),
+        sigma,
+        rows,
     )
 
 
-def negative_log_likelihood(
-    problem: Problem, residual: Array, log_variance: Array, weight: float | Array = 1.0
-) -> Float[Array, ""]:
-    """Mean over target cells of -log N(x; D, sd^2), less the constant and log s.
+def _negative_log_likelihood(
+    error: Array, residual: Array, log_variance: Array, weight: float | Array = 1.0
+) -> Array:
+    """-log N(x; D, sd^2) of every cell, less the constant and log s.
 
-    0.5 E[y^2] for the anchor. `residual`, `log_variance` cover the last slots, or all of the
-    anchor's.
+    `error` is (x - m) / s: half its square is the anchor's.
     """
-    last = residual.shape[1]
-    target = problem.target[:, -last:]
-    s = jnp.maximum(problem.s[:, -last:], 1e-4)
-    y = (problem.x[:, -last:] - problem.m[:, -last:]) / s
     spread = weight * widening(log_variance)
-    cell = 0.5 * ((y - weight * residual) ** 2 * jnp.exp(-spread) + spread)
-    return jnp.where(target, cell, 0.0).sum() / jnp.maximum(target.sum(), 1)
+    return 0.5 * ((error - weight * residual) ** 2 * jnp.exp(-spread) + spread)
 
 
-def loss(network: Network, params: Params, problem: Problem) -> Float[Array, ""]:
-    """The training loss: with (m, s) as preconditioner its weight is EDM's lambda = 1 / s^2."""
+def denoising_loss(network: Network, params: Params, problem: Problem) -> Float[Array, ""]:
+    """Denoising score matching, mean over target cells.
+
+    With (m, s) as preconditioner its weight is EDM's lambda = 1 / s^2.
+    """
     residual, log_variance = network(
         params,
-        problem.x,
-        problem.m,
+        problem.x - problem.mean,
+        problem.m - problem.mean,
         problem.conditioned,
+        problem.hidden,
         problem.noisy,
         problem.sigma,
         problem.rows,
-        last=problem.m.shape[1],
     )
-    return negative_log_likelihood(problem, residual, log_variance)
+    error = _bounded((problem.x - problem.m) / jnp.maximum(problem.s, 1e-4))
+    cell = _negative_log_likelihood(error, residual, log_variance)
+    return jnp.where(problem.target, cell, 0.0).sum() / jnp.maximum(problem.target.sum(), 1)
+
+
+def imputation_losses(
+    network: Network, params: Params, problem: Imputation, weights: Sequence[float] = (1.0,)
+) -> Float[Array, "G B D"]:
+    """The same of what serving reads, cell by cell, one for each weight; NaN where missing."""
+    hidden = problem.m.shape[-1]
+    about = problem.m - problem.mean[:, -hidden:].swapaxes(1, 2)
+    residual, log_variance = network.each(
+        params, problem.x - problem.mean, about, problem.observed, problem.rows
+    )
+    error = _bounded((problem.x[:, -1] - problem.m[..., -1]) / jnp.maximum(problem.s, 1e-4))
+    cells = jnp.stack(
+        [_negative_log_likelihood(error, residual, log_variance, weight) for weight in weights]
+    )
+    return jnp.where(problem.observed[:, -1], cells, jnp.nan)
+
+
+def _bounded(error: Array) -> Array:
+    """Errors of the anchor as the network is taught: one wild cell must not rule a batch."""
+    return jnp.clip(error, -_FURTHEST, _FURTHEST)

@@ -15,10 +15,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from tsdiff import scorers
 from tsdiff.anchor import (
+    Anchor,
     Whitened,
     anchor_index,
     latent_variance,
+    masked_reading,
+    posterior,
     solve,
     whiten,
     whiten_with_basis,
@@ -26,8 +30,8 @@ from tsdiff.anchor import (
 from tsdiff.bundle import Bundle
 from tsdiff.config import ModelConfig
 from tsdiff.precondition import denoised
-from tsdiff.scorers import Readings, read_anchor, with_forecast
-from tsdiff.types import DoubleArray
+from tsdiff.scorers import Readings, Told
+from tsdiff.types import DenoiseFn, DoubleArray
 from tsdiff.windows import gather
 
 _NETWORK = "network."
@@ -36,7 +40,7 @@ _CHUNK = 256
 
 
 class NetworkFn(Protocol):
-    """The network's residual and log-variance for the last slots (`tsdiff.denoiser.Network`)."""
+    """As `tsdiff.denoiser.Network`, which only a bundle with a network imports."""
 
     def __call__(
         self,
@@ -44,13 +48,23 @@ class NetworkFn(Protocol):
         x: Array,
         m: Array,
         conditioned: Array,
-        noisy: Array | None,
+        hidden: Array,
+        noisy: Array,
         sigma: Array,
         rows: Array,
-        *,
-        last: int,
     ) -> tuple[Array, Array]:
-        """Apply it."""
+        """Residual and log-variance of every cell, under any mask and noise level."""
+        ...
+
+    def each(
+        self,
+        params: Mapping[str, Array],
+        x: Array,
+        m: Array,
+        observed: Array,
+        rows: Array,
+    ) -> tuple[Array, Array]:
+        """Residual and log-variance of every channel's last cell, with its own last ones hidden."""
         ...
 
 
@@ -86,7 +100,7 @@ def whitenings(
     mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, config: ModelConfig
 ) -> Whitenings:
     """Prepare one anchor (N,), (N, K), (N,) for serving."""
-    visible = len(mean) * (config.anchor_window - config.hidden) // config.anchor_window
+    visible = len(mean) * (config.window - config.hidden) // config.window
     head, basis = whiten_with_basis(mean[:visible], loadings[:visible], noise[:visible], sigma=0.0)
     return Whitenings(
         noisy=whiten(mean, loadings, noise, config.sigma),
@@ -116,11 +130,16 @@ def make_model(
 
 @dataclass(frozen=True)
 class Reader:
-    """What is static of a model: compile once for each."""
+    """What is static of a model: compile once for each.
+
+    `network_weight` is the network's gate, `unexplained` the share of the anchor's held-out loss
+    that is left with it.
+    """
 
     config: ModelConfig
     network: NetworkFn | None = None
     network_weight: float = 0.0
+    unexplained: float = 1.0
 
 
 def build_model(bundle: Bundle) -> tuple[Model, Reader]:
@@ -145,7 +164,9 @@ def build_model(bundle: Bundle) -> tuple[Model, Reader]:
             len(bundle.channels), len(bundle.entities), manifest.model, manifest.network
         )
     model = make_model(parts[0], parts[1], parts[2], manifest.model, params)
-    return model, Reader(manifest.model, network, manifest.network_weight)
+    return model, Reader(
+        manifest.model, network, manifest.network_weight, manifest.network_unexplained
+    )
 
 
 def read_spans(
@@ -191,14 +212,21 @@ def _read(
 
     def read(index: tuple[Array, Array]) -> Readings:
         of, stop = index
-        length = config.anchor_window if reader.network is None else config.window
-        window = gather(z, of, stop - length, length)
+        window = gather(z, of, stop - config.window, config.window)
         observed = jnp.isfinite(window)
         x = jnp.where(observed, window, 0.0)
-        inside, seen = x[:, -config.anchor_window :], observed[:, -config.anchor_window :]
-        found = read_anchor(anchor.noisy, anchor.clean, inside, seen, config, missing=missing)
-        expected, sd = _forecast(anchor.forecaster, params, x, observed, rows[of], reader, missing)
-        return with_forecast(found, x[:, -1], observed[:, -1], expected, sd)
+        forecast = _forecast(anchor.forecaster, x, observed, config, missing)
+        imputed = _impute(anchor.clean, params, x, observed, rows[of], reader, missing)
+        return scorers.read(
+            anchor.noisy,
+            x,
+            observed,
+            forecast,
+            imputed,
+            config.sigma,
+            reader.unexplained,
+            missing=missing,
+        )
 
     total = entities * span
     if total <= _CHUNK:
@@ -213,39 +241,84 @@ def _read(
 
 def _forecast(
     forecaster: Forecaster,
+    x: Float[Array, "B L D"],
+    observed: Bool[Array, "B L D"],
+    config: ModelConfig,
+    missing: int | None,
+) -> Told:
+    """What the window says of the last slot with the last slots hidden, sigma to infinity."""
+    batch, _, channels = x.shape
+    head = solve(
+        forecaster.head,
+        x[:, : -config.hidden].reshape(batch, -1),
+        observed[:, : -config.hidden].reshape(batch, -1),
+        missing=missing,
+    )
+    ahead = forecaster.ahead[-channels:]
+    mean = forecaster.mean[-channels:] + head.latent @ ahead.T
+    s = jnp.sqrt(forecaster.noise[-channels:] + latent_variance(head, ahead))
+    return Told(mean, jnp.broadcast_to(s, mean.shape))
+
+
+def _impute(
+    clean: Whitened,
     params: Mapping[str, Array] | None,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
     rows: Int[Array, " B"],
     reader: Reader,
     missing: int | None,
-) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-    """Mean and sd of the last slot with the last slots hidden, sigma to infinity, in one step."""
-    config = reader.config
+) -> Told:
+    """What the window says of each channel's last cell with that channel's last cells hidden."""
     batch, _, channels = x.shape
-    inside = slice(-config.anchor_window, -config.hidden)
-    head = solve(
-        forecaster.head,
-        x[:, inside].reshape(batch, -1),
-        observed[:, inside].reshape(batch, -1),
-        missing=missing,
-    )
-    hidden = (forecaster.mean + head.latent @ forecaster.ahead.T).reshape(batch, -1, channels)
-    spread = latent_variance(head, forecaster.ahead[-channels:])
-    s = jnp.sqrt(forecaster.noise[-channels:] + spread)
+    flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
+    solved = solve(clean, flat, seen, missing=missing)
+    masked = masked_reading(clean, solved, seen, channels, reader.config.hidden)
     if reader.network is None or params is None:
-        return hidden[:, -1], jnp.broadcast_to(s, hidden[:, -1].shape)
-    m = jnp.concatenate([jnp.where(observed[:, inside], x[:, inside], 0.0), hidden], 1)
-    visible = jnp.arange(config.window) < config.window - config.hidden
-    conditioned = observed & visible[:, None]
-    residual, log_variance = reader.network(
-        params,
-        x,
-        m,
-        conditioned,
-        None,
-        jnp.full(batch, jnp.inf),
-        rows,
-        last=config.hidden,
+        return Told(masked.expected, masked.sd)
+    mean = clean.mean.reshape(x.shape[1:])
+    about = masked.hidden - mean[-reader.config.hidden :].T
+    residual, log_variance = reader.network.each(params, x - mean, about, observed, rows)
+    return Told(
+        *denoised(masked.expected, masked.sd, residual, log_variance, reader.network_weight)
     )
-    return denoised(hidden[:, -1], s, residual[:, -1], log_variance[:, -1], reader.network_weight)
+
+
+def make_denoiser(bundle: Bundle) -> DenoiseFn:
+    """The bundle's denoiser for any mask and noise levels, of entities never seen.
+
+    For samplers and for `evidence`: windows are (B, L D) in normalised units. Of noise levels
+    above 0 and below infinity a window may have one.
+    """
+    model, reader = build_model(bundle)
+    anchor = Anchor(
+        # The last one is the pooled one.
+        *(jnp.asarray(bundle.arrays[f"anchor.{name}"][-1], jnp.float32) for name in Anchor._fields)
+    )
+    shape = (-1, reader.config.window, len(bundle.channels))
+
+    def denoise(
+        x: Float[Array, "B N"], noise_variance: Float[Array, "B N"]
+    ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+        m, s = posterior(anchor, x, noise_variance)
+        if reader.network is None or model.params is None:
+            return m, s
+        noisy = jnp.isfinite(noise_variance) & (noise_variance > 0)
+        level = jnp.sqrt(jnp.where(noisy, noise_variance, 0.0).max(1))
+        centred = (x - anchor.mean) / jnp.sqrt(anchor.noise + level[:, None] ** 2)
+        residual, log_variance = reader.network(
+            model.params,
+            (x - anchor.mean).reshape(shape),
+            (m - anchor.mean).reshape(shape),
+            (noise_variance == 0).reshape(shape),
+            (noise_variance > 0).reshape(shape),
+            jnp.where(noisy, centred, 0.0).reshape(shape),
+            # Without any noisy cell, the hidden ones say nothing.
+            jnp.where(noisy.any(1), level, jnp.inf),
+            jnp.full(len(x), -1),
+        )
+        return denoised(
+            m, s, residual.reshape(x.shape), log_variance.reshape(x.shape), reader.network_weight
+        )
+
+    return denoise

@@ -1,5 +1,5 @@
 # ruff: noqa: F722
-"""Windows -> evidence streams: reconstruction, density and forecast.
+"""Windows -> evidence streams: reconstruction, density, forecast and imputation.
 
 A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
 a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
@@ -15,9 +15,8 @@ from jaxtyping import Bool, Float
 
 from tsdiff import anchor
 from tsdiff.anchor import Whitened
-from tsdiff.config import ModelConfig
 
-STREAMS = ("reconstruction", "density", "forecast")
+STREAMS = ("reconstruction", "density", "forecast", "imputation")
 """Names of the streams, in their order along S."""
 
 
@@ -26,8 +25,8 @@ class Readings(NamedTuple):
 
     `streams` (B, S) raw values, in the order of `STREAMS`; `coverage` (B, S) the share of the
     cells behind each that were observed (0: the value means nothing); `expected` and `sd` (B, D)
-    in normalised units, from the masked reading; `surprise` (B, D) how many of its standard
-    deviations each reading is from the forecast, 0 where missing.
+    in normalised units, from the masked reading; `surprise` (B, D) how many standard deviations
+    each reading is from what was forecast or, with a network, imputed, 0 where missing.
     """
 
     streams: Float[Array, "B S"]
@@ -37,35 +36,58 @@ class Readings(NamedTuple):
     surprise: Float[Array, "B D"]
 
 
-def read_anchor(
+class Told(NamedTuple):
+    """What is said of cells that were not seen: mean and standard deviation, (B, D)."""
+
+    mean: Float[Array, "B D"]
+    sd: Float[Array, "B D"]
+
+    def error(self, x: Float[Array, "B D"], observed: Bool[Array, "B D"]) -> Float[Array, "B D"]:
+        """Standard deviations between `x` and the mean, 0 where nothing was observed."""
+        return jnp.where(observed, jnp.abs(x - self.mean) / self.sd, 0.0)
+
+
+def read(
     noisy: Whitened,
-    clean: Whitened,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
-    config: ModelConfig,
+    forecast: Told,
+    imputed: Told,
+    sigma: float,
+    unexplained: float,
     *,
     missing: int | None,
 ) -> Readings:
-    """Reconstruction and density at `config.sigma` (`noisy`), the masked reading at 0 (`clean`).
+    """Put all streams of windows together.
 
-    `x` is normalised, 0 where missing; `missing` as in `anchor.solve`.
+    `noisy` is the anchor at noise level `sigma`, which reads with nothing masked; `forecast` what
+    was said of the last slot with the last slots hidden, `imputed` of each channel with its own
+    last cells hidden. `x` is normalised, 0 where missing; `missing` as in `anchor.solve`.
+
+    A forecast did not see the other channels of the slot: a fault of one does not spill over into
+    those that go with it, so its errors tell best whose fault it is. Where a network knows better
+    than the anchor, they count by the share that it leaves `unexplained`, and its own by the rest.
     """
     batch, _, channels = x.shape
     flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
     solved = anchor.solve(noisy, flat, seen, missing=missing)
-    streams = jnp.stack(
-        [
-            _reconstruction(noisy, solved, channels, config.sigma, seen),
-            anchor.mahalanobis(solved) / jnp.maximum(seen.sum(-1), 1),
-        ],
-        axis=-1,
+    last, arrived = x[:, -1], observed[:, -1]
+    count = jnp.maximum(arrived.sum(-1), 1)
+    ahead, aside = forecast.error(last, arrived), imputed.error(last, arrived)
+    surprise = jnp.sqrt(unexplained * ahead**2 + (1.0 - unexplained) * aside**2)
+    streams = (
+        _reconstruction(noisy, solved, channels, sigma, seen),
+        anchor.mahalanobis(solved) / jnp.maximum(seen.sum(-1), 1),
+        ahead.sum(-1) / count,
+        aside.sum(-1) / count,
     )
-    coverage = jnp.stack([seen[:, -channels:].mean(-1), seen.mean(-1)], axis=-1)
+    of_slot = arrived.mean(-1)
     # A slot in which nothing arrived says nothing, whatever the slots before it said.
-    coverage = jnp.where(coverage[:, :1] > 0, coverage, 0.0)
-    solved = anchor.solve(clean, flat, seen, missing=missing)
-    masked = anchor.masked_reading(clean, solved, seen, channels, config.hidden)
-    return Readings(streams, coverage, masked.expected, masked.sd, jnp.zeros_like(masked.expected))
+    of_window = jnp.where(of_slot > 0, seen.mean(-1), 0.0)
+    coverage = (of_slot, of_window, of_slot, of_slot)
+    return Readings(
+        jnp.stack(streams, -1), jnp.stack(coverage, -1), imputed.mean, imputed.sd, surprise
+    )
 
 
 def _reconstruction(
@@ -88,27 +110,6 @@ def _reconstruction(
     noise = noisy.scale[-channels:] ** 2 - sigma**2
     error = jnp.abs(residual) * sigma / jnp.sqrt(noise + sigma**2 * through_latent)
     return (error * seen).sum(-1) / jnp.maximum(seen.sum(-1), 1)
-
-
-def with_forecast(
-    readings: Readings,
-    x: Float[Array, "B D"],
-    observed: Bool[Array, "B D"],
-    expected: Float[Array, "B D"],
-    sd: Float[Array, "B D"],
-) -> Readings:
-    """Add the stream of the hidden last slots: mean over observed channels of |x - D| / s.
-
-    What was forecast did not see the other channels of the slot: a fault of one does not spill over
-    into those that go with it, so these errors tell best whose fault it is.
-    """
-    error = jnp.where(observed, jnp.abs(x - expected) / sd, 0.0)
-    stream = error.sum(-1) / jnp.maximum(observed.sum(-1), 1)
-    return readings._replace(
-        streams=jnp.concatenate([readings.streams, stream[:, None]], -1),
-        coverage=jnp.concatenate([readings.coverage, observed.mean(-1, keepdims=True)], -1),
-        surprise=error,
-    )
 
 
 def settle(

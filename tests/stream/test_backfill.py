@@ -114,7 +114,7 @@ def test_the_loop_says_what_a_look_at_the_whole_series_says(
             mean=mean,
             scale=scale,
             numbers=numbers,
-            first=model.bundle.manifest.model.anchor_window,
+            first=model.bundle.manifest.model.window,
         )
         # What the service has not closed yet, it has not scored.
         closed = (max(int(e.timestamps_ms[-1]) for e in entities) - 10_000) // PERIOD_MS - lag

@@ -24,7 +24,6 @@ from stream.bench import (
     bytes_per_entity,
     compilations_while_shapes_change,
     counted_flops,
-    denoiser_of,
     flops_per_window,
     in_process,
     learning_seconds_per_slot,
@@ -48,6 +47,7 @@ from tsdiff.denoiser import Network
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, TsdiffError
 from tsdiff.history import History
+from tsdiff.reading import make_denoiser
 
 Captured = pytest.CaptureFixture[str]
 CASES = (("live", 8, 1), ("catching up", 2, 3), ("history", 1, 9))
@@ -271,7 +271,7 @@ def test_a_window_costs_what_its_products_cost(scorer: Scorer) -> None:
     assert flops is not None
     model = anchor_bundle().manifest.model
     # At the least: a window's projection on the anchor, at two noise levels.
-    assert flops > 2 * 2 * model.anchor_window * CHANNELS * model.rank
+    assert flops > 2 * 2 * model.window * CHANNELS * model.rank
     assert flops < 1e6
 
     class Opaque:
@@ -308,7 +308,7 @@ def test_an_entity_s_state_is_its_window_and_history(scorer: Scorer) -> None:
 @pytest.mark.parametrize("adapt", ["level", "full"])
 def test_learning_takes_time_and_memory(adapt: Adapt) -> None:
     learner = Detector(anchor_bundle(), shapes=((8, 1),), adapt=adapt)
-    assert 0 < learning_seconds_per_slot(learner) < 1e-2
+    assert 0 <= learning_seconds_per_slot(learner) < 1e-2
     adaptation = learner.adaptation
     assert adaptation is not None
     least = 4 * learner.window * CHANNELS + adaptation.entity_bytes
@@ -345,12 +345,10 @@ def test_the_denoiser_keeps_what_is_given(kind: str) -> None:
     cells = model.window * CHANNELS
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, cells)), jnp.float32)
     target = jnp.arange(cells) >= cells - model.hidden * CHANNELS
-    mean, sd = jax.jit(denoiser_of(bundle))(x, jnp.where(target, jnp.full(x.shape, 0.25), 0.0))
-    inside = slice(cells - model.anchor_window * CHANNELS, None)
+    mean, sd = jax.jit(make_denoiser(bundle))(x, jnp.where(target, jnp.full(x.shape, 0.25), 0.0))
     assert mean.shape == sd.shape == x.shape
-    known = ~target[inside]
-    np.testing.assert_allclose(mean[:, inside][:, known], x[:, inside][:, known], atol=1e-3)
-    assert (sd[:, inside][:, ~known] > 0).all()
+    np.testing.assert_allclose(mean[:, ~target], x[:, ~target], atol=1e-3)
+    assert (sd[:, target] > 0).all()
     assert np.isfinite(mean).all()
 
 

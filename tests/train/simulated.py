@@ -12,7 +12,7 @@ from tsdiff.history import EntityHistory, History
 
 CHANNELS = 5
 PERIOD_MS = 60_000
-MODEL = ModelConfig(window=16, anchor_window=8, rank=8, smoothing=8)
+MODEL = ModelConfig(window=8, rank=8, smoothing=8)
 SMALL = TrainConfig(
     model=MODEL,
     network=NetworkConfig(width=16, blocks=1),

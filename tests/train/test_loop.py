@@ -105,7 +105,7 @@ def test_an_empty_channel_is_carried_along() -> None:
 
 
 def test_short_history_is_refused_with_numbers() -> None:
-    with pytest.raises(HistoryError, match=r"at least 48 slots of 60 s .* e0 has 40; give longer"):
+    with pytest.raises(HistoryError, match=r"at least 96 slots of 60 s .* e0 has 40; give longer"):
         train(history(length=40), ANCHOR_ONLY, period_ms=PERIOD_MS)
 
 
@@ -124,7 +124,7 @@ def test_empty_history_is_refused() -> None:
     [
         lambda: TrainConfig(held_out=0.9),
         lambda: TrainConfig(steps=0),
-        lambda: ModelConfig(window=8),
+        lambda: ModelConfig(window=4),
         lambda: ModelConfig(rank=0),
     ],
 )

@@ -87,12 +87,17 @@ def test_the_combination_is_calibrated_once_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scorer", "wanted"), [("hybrid", 2.0 + 4.0), ("reconstruction", 1.0 + 4.0), ("density", 2.0)]
+    ("scorer", "wanted"),
+    [
+        ("hybrid", 0.75 * (2.0 + 4.0) + 0.25 * 8.0),
+        ("reconstruction", 0.75 * (1.0 + 4.0) + 0.25 * 8.0),
+        ("density", 2.0),
+    ],
 )
 def test_scorers_combine_their_streams(scorer: str, wanted: float) -> None:
-    """Columns: reconstruction, density, forecast, then their long versions."""
-    parts = jnp.asarray([[[1.0, 2.0, 0.5, 0.0, 1.0, 4.0]]])
-    assert float(calibration.combine(parts, scorer)[0, 0]) == wanted
+    """Columns: reconstruction, density, forecast, imputation, then their long versions."""
+    parts = jnp.asarray([[[1.0, 2.0, 0.5, 8.0, 0.0, 1.0, 4.0, 7.0]]])
+    assert float(calibration.combine(parts, scorer, unexplained=0.75)[0, 0]) == wanted
 
 
 def test_threshold_is_the_asked_rate() -> None:

@@ -5,17 +5,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsdiff.anchor import Anchor, posterior
+from tsdiff.anchor import Anchor, posterior, whiten
 from tsdiff.config import DiffusionConfig, ModelConfig, NetworkConfig
-from tsdiff.denoiser import Network
-from tsdiff.errors import ConfigError
-from tsdiff.loss import loss, negative_log_likelihood, pose, pose_forecast
+from tsdiff.denoiser import Network, Params
+from tsdiff.loss import (
+    Imputation,
+    denoising_loss,
+    imputation_losses,
+    pose,
+    pose_imputation,
+)
 from tsdiff.precondition import MAX_LOG_VARIANCE, bounded, denoised
 
-MODEL = ModelConfig(window=16, anchor_window=8, hidden=4)
+MODEL = ModelConfig(window=8, hidden=4)
 CHANNELS = 3
-NETWORK = Network(CHANNELS, 2, MODEL, NetworkConfig(width=16, blocks=1, patch=4))
-ANCHOR = Anchor(jnp.zeros((1, 24)), 0.3 * jnp.ones((1, 24, 2)), 0.5 * jnp.ones((1, 24)))
+NETWORK = Network(CHANNELS, 2, MODEL, NetworkConfig(width=16, blocks=1))
+_rng = np.random.default_rng(0)
+_LOADINGS = 0.5 * _rng.normal(size=(24, 2))
+ANCHOR = Anchor(
+    jnp.zeros((1, 24)), jnp.asarray(_LOADINGS[None], jnp.float32), jnp.full((1, 24), 0.5)
+)
+CLEAN = jax.tree.map(
+    lambda part: part[None], whiten(np.zeros(24), _LOADINGS, np.full(24, 0.5), 0.0)
+)
+
+
+def one_anchor() -> Anchor:
+    return Anchor(*(part[0] for part in ANCHOR))
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 1.0, 20.0])
@@ -53,19 +69,61 @@ def windows(batch: int = 5) -> jax.Array:
     return window.at[0, 3, 1].set(jnp.nan).at[1, -1, 0].set(jnp.nan)
 
 
+def loud_params() -> dict[str, jax.Array]:
+    """Away from the start: a head of zeros would not let anything through."""
+    initial = NETWORK.initialize(0)
+    keys = jax.random.split(jax.random.key(1), len(initial))
+    return {
+        name: value + 0.1 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, initial.items(), strict=True)
+    }
+
+
+def served(window: jax.Array) -> Imputation:
+    return pose_imputation(CLEAN, window, jnp.asarray([0, 1, -1, 0, 1]), MODEL.hidden)
+
+
 def test_training_starts_at_the_anchor() -> None:
-    params = NETWORK.initialize(0)
-    problem = pose_forecast(ANCHOR, windows(), jnp.zeros(5, int), MODEL)
-    residual, log_variance = NETWORK(
-        params, problem.x, problem.m, problem.conditioned, None, problem.sigma, problem.rows, last=4
+    params, problem = NETWORK.initialize(0), served(windows())
+    residual, log_variance = NETWORK.each(
+        params, problem.x, problem.m, problem.observed, problem.rows
     )
-    assert residual.shape == log_variance.shape == (5, 4, CHANNELS)
+    assert residual.shape == log_variance.shape == (5, CHANNELS)
     assert float(jnp.abs(residual).max()) == float(jnp.abs(log_variance).max()) == 0.0
-    y = (problem.x[:, -8:] - problem.m) / problem.s
-    target = np.asarray(problem.target)
-    assert float(negative_log_likelihood(problem, residual, log_variance)) == pytest.approx(
-        0.5 * float((np.asarray(y)[target] ** 2).mean()), rel=1e-4
+    losses = imputation_losses(NETWORK, params, problem, (0.0, 1.0))
+    y = (problem.x[:, -1] - problem.m[..., -1]) / problem.s
+    anchors = np.where(problem.observed[:, -1], 0.5 * np.asarray(y) ** 2, np.nan)
+    np.testing.assert_allclose(losses, np.stack([anchors, anchors]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("channel", range(CHANNELS))
+def test_each_is_the_network_with_that_channel_hidden(channel: int) -> None:
+    """Against one call with an explicit mask, the stand-ins being the anchor's posterior."""
+    params, window = loud_params(), windows()
+    problem = served(window)
+    fast, fast_log_variance = NETWORK.each(
+        params, problem.x - problem.mean, problem.m, problem.observed, problem.rows
     )
+    hidden = jnp.zeros(window.shape, bool).at[:, -MODEL.hidden :, channel].set(True)
+    observed = jnp.isfinite(window)
+    variance = jnp.where(observed & ~hidden, 0.0, jnp.inf).reshape(5, -1)
+    m, s = posterior(one_anchor(), jnp.nan_to_num(window).reshape(5, -1), variance)
+    slow, slow_log_variance = NETWORK(
+        params,
+        problem.x - problem.mean,
+        m.reshape(window.shape),
+        observed & ~hidden,
+        hidden,
+        jnp.zeros(window.shape),
+        jnp.full(5, jnp.inf),
+        problem.rows,
+    )
+    np.testing.assert_allclose(fast[:, channel], slow[:, -1, channel], atol=1e-4)
+    np.testing.assert_allclose(
+        fast_log_variance[:, channel], slow_log_variance[:, -1, channel], atol=1e-4
+    )
+    newest = s.reshape(window.shape)[:, -1, channel]
+    np.testing.assert_allclose(problem.s[:, channel], newest, rtol=1e-4)
 
 
 def test_missing_cells_are_neither_conditioned_nor_targets() -> None:
@@ -74,43 +132,41 @@ def test_missing_cells_are_neither_conditioned_nor_targets() -> None:
     )
     observed = jnp.isfinite(windows(64))
     assert not (problem.conditioned & ~observed).any()
-    assert not (problem.target & ~observed[:, -8:]).any()
-    assert not (problem.target & problem.conditioned[:, -8:]).any()
-    assert ((problem.target | problem.conditioned[:, -8:]) == observed[:, -8:]).all()
+    assert not (problem.target & ~observed).any()
+    assert not (problem.target & problem.conditioned).any()
+    assert ((problem.target | problem.conditioned) == observed).all()
     assert jnp.isfinite(problem.noisy).all()
 
 
-def test_what_is_hidden_does_not_reach_the_network() -> None:
-    """Sigma to infinity: another value of a target changes the loss, not the prediction."""
-    initial = NETWORK.initialize(0)
-    keys = jax.random.split(jax.random.key(1), len(initial))
-    # A head of zeros, or the same number everywhere, would not let anything through.
-    params = {
-        name: value + 0.1 * jax.random.normal(key, value.shape)
-        for key, (name, value) in zip(keys, initial.items(), strict=True)
-    }
+@pytest.mark.parametrize("channel", range(CHANNELS))
+def test_a_channels_newest_cells_do_not_reach_its_own_imputation(channel: int) -> None:
+    """Another value there changes the loss, and what is said of the others."""
+    params = loud_params()
 
-    def predict(slots: slice, shift: float) -> jax.Array:
-        window = windows().at[:, slots, 0].add(shift)
-        problem = pose_forecast(ANCHOR, window, jnp.zeros(5, int), MODEL)
-        return NETWORK(
-            params, problem.x, problem.m, problem.conditioned, problem.noisy,
-            problem.sigma, problem.rows, last=4,
-        )[0]  # fmt: skip
+    def told(slots: slice) -> np.ndarray:
+        problem = served(windows().at[:, slots, channel].add(2.0))
+        residual, _ = NETWORK.each(params, problem.x, problem.m, problem.observed, problem.rows)
+        return np.asarray(problem.m[..., -1] + problem.s * residual)
 
-    as_it_is = predict(slice(-4, None), 0.0)
-    np.testing.assert_array_equal(predict(slice(-4, None), 100.0), as_it_is)
-    assert float(jnp.abs(predict(slice(4, 8), 100.0) - as_it_is).max()) > 0.01
+    as_it_is, newest, before = told(slice(0, 0)), told(slice(-4, None)), told(slice(0, 4))
+    moved = np.abs(newest - as_it_is).max(0)
+    assert moved[channel] < 1e-4
+    assert np.delete(moved, channel).min() > 0.01
+    assert np.abs(before - as_it_is)[:, channel].max() > 0.01
 
 
-def test_a_step_of_gradient_lowers_the_loss() -> None:
+def test_a_step_of_gradient_lowers_both_losses() -> None:
     params = NETWORK.initialize(0)
-    problem = pose_forecast(ANCHOR, windows(), jnp.asarray([0, 1, -1, 0, 1]), MODEL)
-    value, gradient = jax.value_and_grad(loss, argnums=1)(NETWORK, params, problem)
-    moved = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
-    assert float(loss(NETWORK, moved, problem)) < float(value)
+    rows = jnp.asarray([0, 1, -1, 0, 1])
+    posed = pose(jax.random.key(2), ANCHOR, windows(), rows, MODEL, DiffusionConfig())
 
+    def imputing(params: Params) -> jax.Array:
+        return jnp.nanmean(imputation_losses(NETWORK, params, served(windows())))
 
-def test_lengths_must_fit_the_patch() -> None:
-    with pytest.raises(ConfigError, match="multiple of the network's patch of 5 slots"):
-        Network(CHANNELS, 1, MODEL, NetworkConfig(patch=5))
+    def denoising(params: Params) -> jax.Array:
+        return denoising_loss(NETWORK, params, posed)
+
+    for loss in (imputing, denoising):
+        value, gradient = jax.value_and_grad(loss)(params)
+        moved = jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
+        assert float(loss(moved)) < float(value)

@@ -19,13 +19,12 @@ from tsdiff import masks
 from tsdiff.anchor import Anchor
 from tsdiff.config import DiffusionConfig, ModelConfig, NetworkConfig
 from tsdiff.denoiser import Network
-from tsdiff.loss import _SHARES, Problem, draw_masks, loss, pose, pose_forecast
+from tsdiff.loss import _SHARES, Problem, denoising_loss, draw_masks, pose
 
 Strategy = Callable[[Array, int, int], Array]
 
-MODEL = ModelConfig(window=8, anchor_window=6, hidden=2)
+MODEL = ModelConfig(window=6, hidden=2)
 CHANNELS, BATCH = 12, 2000  # so many channels that a group is never empty, nor all of them
-INSIDE = slice(-MODEL.anchor_window, None)
 
 # A mask's kind by the channels that occur in it. Whatever is not drawn here is random.
 KINDS = {
@@ -228,14 +227,14 @@ def test_masks_are_a_function_of_their_key(drawn: np.ndarray) -> None:
     assert (drawn != draw(1)).any()
 
 
-CELLS = MODEL.anchor_window * CHANNELS
+CELLS = MODEL.window * CHANNELS
 _rng = np.random.default_rng(0)
 ANCHOR = Anchor(
     jnp.asarray(_rng.normal(size=(1, CELLS)), jnp.float32),
     jnp.asarray(_rng.normal(size=(1, CELLS, 2)), jnp.float32),
     jnp.full((1, CELLS), 0.3),
 )
-NETWORK = Network(CHANNELS, 1, MODEL, NetworkConfig(width=8, blocks=1, patch=2))
+NETWORK = Network(CHANNELS, 1, MODEL, NetworkConfig(width=8, blocks=1))
 # Away from where training starts: there, nothing but the anchor has a say.
 PARAMS = {
     name: 0.3 * jnp.asarray(_rng.normal(size=leaf.shape), jnp.float32)
@@ -253,7 +252,7 @@ def posed(window: Array) -> Problem:
     return pose(key(), ANCHOR, window, rows, MODEL, DiffusionConfig())
 
 
-_loss = jax.jit(loss, static_argnums=0)
+_loss = jax.jit(denoising_loss, static_argnums=0)
 
 
 def loss_of(problem: Problem) -> float:
@@ -268,17 +267,16 @@ def test_targets_are_observed_and_hidden() -> None:
     """A window without gaps shows what the key hides; gaps take cells away and move none."""
     whole, gaps = posed(jnp.asarray(X)), posed(window())
     hidden = np.asarray(whole.target)
-    np.testing.assert_array_equal(gaps.target, hidden & PRESENT[:, INSIDE])
-    np.testing.assert_array_equal(whole.conditioned[:, INSIDE], ~hidden)
+    np.testing.assert_array_equal(gaps.target, hidden & PRESENT)
+    np.testing.assert_array_equal(whole.conditioned, ~hidden)
     np.testing.assert_array_equal(gaps.conditioned, np.asarray(whole.conditioned) & PRESENT)
-    assert np.asarray(whole.conditioned[:, : -MODEL.anchor_window]).all()
 
 
 def test_conditioned_and_target_share_no_cell() -> None:
     problem = posed(window())
     conditioned, target = np.asarray(problem.conditioned), np.asarray(problem.target)
-    assert not (conditioned[:, INSIDE] & target).any()
-    np.testing.assert_array_equal(conditioned[:, INSIDE] | target, PRESENT[:, INSIDE])
+    assert not (conditioned & target).any()
+    np.testing.assert_array_equal(conditioned | target, PRESENT)
 
 
 def test_with_nothing_hidden_everything_is_a_noisy_target() -> None:
@@ -287,23 +285,6 @@ def test_with_nothing_hidden_everything_is_a_noisy_target() -> None:
     assert_share(everything, _SHARES["none"])
     assert np.isfinite(problem.sigma)[everything].all()
     assert np.isinf(problem.sigma)[~everything].any()
-
-
-def test_a_posed_forecast() -> None:
-    """Here c is conditioned, # a target and - missing: neither."""
-    drawn = """
-        cccccc##
-        ccc-cc#-
-        -cccc-##
-        --------
-    """
-    cells = np.array([list(row) for row in drawn.split()]).T
-    given = np.where(cells == "-", np.nan, 1.0)[None].astype(np.float32)
-    anchor = Anchor(jnp.zeros((1, 24)), jnp.ones((1, 24, 1)), jnp.ones((1, 24)))
-    forecast = jax.jit(pose_forecast, static_argnums=3)
-    problem = forecast(anchor, jnp.asarray(given), jnp.zeros(1, int), MODEL)
-    np.testing.assert_array_equal(problem.conditioned[0], cells == "c")
-    np.testing.assert_array_equal(problem.target[0], (cells == "#")[INSIDE])
 
 
 @pytest.mark.parametrize("missing", [np.inf, -np.inf])
@@ -326,10 +307,7 @@ def test_missing_cells_cannot_change_the_loss(value: float) -> None:
 def test_observed_cells_do_change_the_loss() -> None:
     """So that the above says something: a conditioned cell by the network, a target by itself."""
     problem = posed(window())
-    before = np.asarray(problem.conditioned)
-    target = np.zeros_like(before)
-    target[:, INSIDE] = problem.target
-    for cells in (before, target):
+    for cells in (problem.conditioned, problem.target):
         other = problem._replace(x=jnp.where(cells, problem.x + 1.0, problem.x))
         assert abs(loss_of(other) - loss_of(problem)) > 1e-3
 
