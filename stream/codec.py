@@ -1,20 +1,9 @@
-"""Bytes to readings and records to bytes.
-
-The native input is one JSON object a message:
-
-    {"entity": "web-17", "timestamp": "2026-11-23T12:00:00Z", "values": {"cpu": 0.42, "mem": null}}
-
-A timestamp is RFC 3339 or epoch milliseconds. An absent or null channel, NaN and Infinity are
-missing values. Whatever cannot be read raises `DecodeError` with a reason from `REASONS`.
-"""
+"""Decoded readings to columns, and records to bytes; `stream.formats` has the decoders."""
 
 import base64
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -22,7 +11,7 @@ from numpy.typing import NDArray
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.decide import AlertState
-from stream.errors import DecodeError
+from stream.formats.base import Decoded
 from stream.learning import Learned
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 
@@ -30,102 +19,17 @@ REASONS: Final = (
     "empty",
     "too_large",
     "not_json",
+    "malformed",
     "wrong_type",
     "missing_field",
     "bad_timestamp",
     "future_timestamp",
 )
-MAX_ENTITY_CHARS: Final = 512
 # Beyond float32 a value can only become infinite; it is treated as the infinity it would be.
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-# Year 9999; later timestamps cannot be printed as RFC 3339.
-_LAST_TIMESTAMP_MS: Final = 253_402_300_799_999
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _encoder = msgspec.json.Encoder()
-
-
-class _Native(msgspec.Struct):
-    entity: str
-    timestamp: Annotated[datetime, msgspec.Meta(tz=True)] | int | float
-    values: dict[str, float | None]
-
-
-_decode_native = msgspec.json.Decoder(_Native).decode
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One reading as it came: values by channel name, missing ones as `None` or absent."""
-
-    entity: str
-    timestamp_ms: int
-    values: dict[str, float | None]
-
-
-Decoder = Callable[[bytes], Sequence[Decoded]]
-
-
-def decode_native(value: bytes) -> Sequence[Decoded]:
-    """Read one native message."""
-    try:
-        message = _decode_native(value)
-    except msgspec.ValidationError as error:
-        raise _rejection(value, str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = _decode_lenient(value, str(error))
-    entity = message.entity
-    if not entity or len(entity) > MAX_ENTITY_CHARS:
-        raise DecodeError(
-            "missing_field" if not entity else "wrong_type",
-            f"expected an entity name of 1 to {MAX_ENTITY_CHARS} characters, got {len(entity)}",
-        )
-    return (Decoded(entity, _epoch_ms(message.timestamp), message.values),)
-
-
-def _decode_lenient(value: bytes, strict_error: str) -> _Native:
-    """Python and many exporters write bare NaN and Infinity, which JSON proper does not know."""
-    try:
-        document = json.loads(value)
-        message = msgspec.convert(document, _Native)
-        # json also lets half of a surrogate pair pass, which can neither be a key nor be printed.
-        message.entity.encode()
-        return message
-    except msgspec.ValidationError as error:
-        raise _rejection(value, str(error)) from None
-    except (ValueError, RecursionError):
-        raise DecodeError("not_json", f"expected a JSON object, got: {strict_error}") from None
-
-
-def _rejection(value: bytes, error: str) -> DecodeError:
-    if "missing required field" in error:
-        reason = "missing_field"
-    elif "$.timestamp" in error:
-        reason = "bad_timestamp"
-    else:
-        reason = "wrong_type"
-    return DecodeError(
-        reason,
-        'expected {"entity": text, "timestamp": RFC 3339 or epoch ms, '
-        f'"values": {{channel: number}}}}, got: {error}',
-    )
-
-
-def _epoch_ms(timestamp: datetime | float) -> int:
-    if isinstance(timestamp, datetime):
-        timestamp_ms = (timestamp - _EPOCH) // _MILLISECOND
-    elif isinstance(timestamp, int) or math.isfinite(timestamp):
-        timestamp_ms = math.floor(timestamp)
-    else:
-        timestamp_ms = -1
-    if not 0 <= timestamp_ms <= _LAST_TIMESTAMP_MS:
-        raise DecodeError(
-            "bad_timestamp", f"expected a timestamp between 1970 and 9999, got {timestamp}"
-        )
-    return timestamp_ms
-
-
-DECODERS: Final[dict[str, Decoder]] = {"native": decode_native}
 
 
 class Columns:

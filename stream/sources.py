@@ -20,9 +20,10 @@ from kafka.structs import TopicPartition
 
 from stream.buffer import EntitySnapshot
 from stream.clients import connect
-from stream.codec import Columns, CommitMetadata, Decoder, decode_snapshot
+from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
+from stream.formats import Decoded, Decoder
 from stream.records import DeadLetter, PartitionId, ReadingBatch
 from tsdiff.history import History
 
@@ -352,7 +353,7 @@ class KafkaSource:
             received_at=records[0].timestamp / 1000 if records else 0.0,
         )
 
-    def _readings(self, record: Any) -> Sequence[Any]:  # noqa: ANN401 - kafka-python is untyped
+    def _readings(self, record: Any) -> Sequence[Decoded]:  # noqa: ANN401 - kafka-python is untyped
         value: bytes | None = record.value
         if not value:
             raise DecodeError("empty", "expected a message, got a record without a value")

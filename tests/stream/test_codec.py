@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.codec import (
-    DECODERS,
-    MAX_ENTITY_CHARS,
     REASONS,
     Columns,
     CommitMetadata,
-    Decoded,
     dead_letter_headers,
-    decode_native,
     decode_snapshot,
     encode_alert,
     encode_score,
@@ -29,6 +25,8 @@ from stream.codec import (
 )
 from stream.decide import AlertState
 from stream.errors import DecodeError
+from stream.formats.base import MAX_ENTITY_CHARS, Decoded
+from stream.formats.native import decode_native
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 
 NOON = 1_795_435_200_000  # 2026-11-23T12:00:00Z
@@ -56,7 +54,6 @@ def test_the_example_of_the_documentation() -> None:
         b'{"entity": "web-17", "timestamp": "2026-11-23T12:00:00Z", '
         b'"values": {"cpu": 0.42, "mem": null}}'
     ) == Decoded("web-17", NOON, {"cpu": 0.42, "mem": None})
-    assert DECODERS["native"] is decode_native
 
 
 @pytest.mark.parametrize(
