@@ -128,7 +128,11 @@ def backfill(
     configure_logging("warning", loaded.log.format)
     built = load_model(model, HISTORY_SHAPES, loaded.detect)
     history = load_history(
-        data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
+        data,
+        period_ms=built.detector.period_ms,
+        channels=built.detector.channels,
+        part=part,
+        rate=loaded.input.rate,
     )
     for warning in history.warnings:
         _warn(warning)

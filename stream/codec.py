@@ -35,8 +35,9 @@ _encoder = msgspec.json.Encoder()
 class Columns:
     """Collects decoded readings into columns of the model's channels."""
 
-    def __init__(self, channels: Sequence[str]) -> None:
+    def __init__(self, channels: Sequence[str], counters: Sequence[int] = ()) -> None:
         self._channels = tuple(channels)
+        self._counters = counters
         self._known = frozenset(channels)
         self.entities: list[str] = []
         self.timestamps_ms: list[int] = []
@@ -60,6 +61,15 @@ class Columns:
         wide = np.array(self._rows, np.float64).reshape(len(self._rows), len(self._channels))
         wide[~(np.abs(wide) <= _FLOAT32_MAX)] = np.nan
         return wide.astype(np.float32)
+
+    def counters(self) -> NDArray[np.float64] | None:
+        """The counters among them (N, K) in full precision; `None` where there are none."""
+        if not self._counters:
+            return None
+        rows = [[row[i] for i in self._counters] for row in self._rows]
+        exact = np.array(rows, np.float64).reshape(len(rows), len(self._counters))
+        exact[~(np.abs(exact) <= _FLOAT32_MAX)] = np.nan
+        return exact
 
 
 # -- what leaves -------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError, ConfigError
+from tsdiff.history import rate_channels
 
 _log = structlog.get_logger("tsdiff.run")
 
@@ -110,6 +111,7 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         lag=detector.lag,
         block=0 if learner is None else learner.block,
         context=0 if learner is None else learner.context,
+        counters=rate_channels(detector.channels, config.input.rate),
     )
     if grid.ttl_slots < grid.replay_slots:
         # A forgotten entity that comes back must not find its earlier life in the replayed log.
@@ -282,6 +284,7 @@ def _connect(
                 model.detector.channels,
                 decoder,
                 grid.period_ms,
+                counters=grid.counters,
                 client_options=options,
             )
             return source, KafkaSink(

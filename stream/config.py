@@ -229,6 +229,12 @@ class InputSection(_Section):
         min_length=1,
         description="Field that holds the time (connect-json only); unset = timestamp",
     )
+    rate: Names = Field(
+        default=(),
+        description="Channels (patterns such as net.*) that are counters: they are scored as rates "
+        "per second, from one slot's last reading to the next one's; a counter that falls has "
+        "begun again at 0",
+    )
     auto_offset_reset: Literal["earliest", "latest"] = Field(
         default="earliest",
         description="Where to begin in a partition without a commit; earliest, so that nothing "
