@@ -2,8 +2,9 @@
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -127,8 +128,11 @@ def encode_alert(alert: AlertEvent) -> bytes:
     )
 
 
+_TRUNCATED: Final = "truncated_from_bytes"
+
+
 def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
-    """Where a dead letter came from and why, as Kafka record headers."""
+    """Where a dead letter came from and why, as Kafka record headers, behind its own ones."""
     fields = {
         "topic": letter.topic,
         "partition": str(letter.partition),
@@ -136,7 +140,60 @@ def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
         "reason": letter.reason,
         "error": letter.error,
     }
-    return [(name, text.encode()) for name, text in fields.items()]
+    return [*letter.headers, *((name, text.encode()) for name, text in fields.items())]
+
+
+class FittedLetter(NamedTuple):
+    """A dead letter as a record of its topic."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+
+
+def fit_dead_letter(letter: DeadLetter, largest: int) -> FittedLetter:
+    """Lay a dead letter out in at most some `largest` bytes beside the headers of ours.
+
+    What does not fit is cut short, which a header says; topic, partition and offset tell where
+    the rest is. A refused record would stop the service instead.
+    """
+    key, value, own = letter.key, letter.value, letter.headers
+    if sum(len(name.encode()) + len(content) for name, content in own) > largest // 4:
+        own = ()
+    if key is not None:
+        key = key[: largest // 4]
+    if value is not None:
+        value = value[: largest - largest // 4 * (bool(own) + bool(key))]
+    headers = dead_letter_headers(replace(letter, headers=own))
+    if (key, value, own) != (letter.key, letter.value, letter.headers):
+        headers.append((_TRUNCATED, str(len(letter.value or b"")).encode()))
+    # kafka-python sends no record that has neither.
+    return FittedLetter(key, b"" if key is None and value is None else value, headers)
+
+
+class Origin(NamedTuple):
+    """The message that a dead letter was."""
+
+    topic: str
+    partition: int
+    headers: tuple[tuple[str, bytes], ...]
+    truncated: bool
+
+
+def origin_of(headers: Sequence[tuple[str, bytes | None]]) -> Origin | None:
+    """Read what `fit_dead_letter` wrote; `None` if it did not write these."""
+    names = [name for name, _ in headers]
+    ours = ["topic", "partition", "offset", "reason", "error"]
+    truncated = bool(names) and names[-1] == _TRUNCATED
+    begin = len(names) - len(ours) - truncated
+    if begin < 0 or names[begin : begin + len(ours)] != ours:
+        return None
+    own = tuple((name, content or b"") for name, content in headers[:begin])
+    try:
+        topic = (headers[begin][1] or b"").decode()
+        return Origin(topic, int(headers[begin + 1][1] or b""), own, truncated)
+    except ValueError:
+        return None
 
 
 # -- state -------------------------------------------------------------------------------------

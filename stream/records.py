@@ -28,6 +28,8 @@ class DeadLetter:
     error: str
     key: bytes | None
     value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+    """Those of the message itself."""
 
 
 @dataclass(frozen=True, slots=True)

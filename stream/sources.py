@@ -343,6 +343,8 @@ class KafkaSource:
                         str(error),
                         record.key,
                         record.value,
+                        # A header may have no value at all, but cannot be written so again.
+                        tuple((name, content or b"") for name, content in record.headers),
                     )
                 )
         return ReadingBatch(
