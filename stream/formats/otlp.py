@@ -8,8 +8,8 @@ is what it says, what was added since the point before.
 github.com/open-telemetry/opentelemetry-proto, metrics/v1/metrics.proto.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 from stream.errors import DecodeError
 from stream.formats.base import Decoded, Naming, Readings, epoch_ms
@@ -17,36 +17,45 @@ from stream.formats.base import Decoded, Naming, Readings, epoch_ms
 # DataPointFlags.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
 _NO_RECORDED_VALUE: Final = 1
 
-Attributes = Callable[[Iterable[Any]], dict[str, str]]
+_DISTRIBUTIONS: Final = frozenset({"histogram", "exponential_histogram", "summary"})
+KINDS: Final = ("gauge", "sum", *sorted(_DISTRIBUTIONS))
 
 
-def readings(
-    resources: Iterable[Any],
-    naming: Naming,
-    attributes: Attributes,
-    number: Callable[[Any], float | None],
-    total: Callable[[Any], float | None],
-) -> Sequence[Decoded]:
-    """Walk over everything that looks like ResourceMetrics.
+class Encoding(NamedTuple):
+    """How one encoding is looked into, where the two differ."""
 
-    `attributes` reads KeyValues whose values are text, numbers or booleans, `number` a point of a
-    gauge or sum, `total` the optional sum of a histogram.
+    kind: Callable[[Any], str | None]
+    """Which of `KINDS` a metric is."""
+    attributes: Callable[[Iterable[Any]], dict[str, str]]
+    """KeyValues whose values are text, numbers or booleans."""
+    number: Callable[[Any], float | None]
+    """The value of a point of a gauge or sum."""
+    total: Callable[[Any], float | None]
+    """The optional sum of a point of a distribution."""
+
+
+def readings(resources: Iterable[Any], naming: Naming, encoding: Encoding) -> Sequence[Decoded]:
+    """Walk over ResourceMetrics of either encoding.
 
     Raises:
-        DecodeError: a resource that has points has no name for its entity.
+        DecodeError: a resource that has points has no name for its entity, a point no time.
 
     """
     found = Readings()
     for resource in resources:
         entity = None
-        of_resource = attributes(resource.resource.attributes) if resource.resource else {}
         for scope in resource.scope_metrics:
             for metric in scope.metrics:
-                for name, point, value in _values(metric, number, total):
-                    entity = entity or naming.entity_of(of_resource)
+                for name, point, value in _values(metric, encoding):
+                    if entity is None:
+                        own = resource.resource
+                        entity = naming.entity_of(
+                            encoding.attributes(own.attributes if own else ())
+                        )
                     values = found.at(entity, _epoch_ms(int(point.time_unix_nano)))
-                    suffix = naming.suffix(attributes(point.attributes))
-                    missing = int(point.flags) & _NO_RECORDED_VALUE
+                    labels = point.attributes
+                    suffix = naming.suffix(encoding.attributes(labels)) if labels else ""
+                    missing = point.flags & _NO_RECORDED_VALUE
                     values[name + suffix] = None if missing else value
     return found.all()
 
@@ -57,16 +66,13 @@ def _epoch_ms(nanoseconds: int) -> int:
     return epoch_ms(nanoseconds // 1_000_000)
 
 
-def _values(
-    metric: Any,  # noqa: ANN401 - of either encoding
-    number: Callable[[Any], float | None],
-    total: Callable[[Any], float | None],
-) -> Iterable[tuple[str, Any, float | None]]:
-    for data in (metric.gauge, metric.sum):
-        for point in data.data_points if data else ():
-            yield metric.name, point, number(point)
-    sum_name, count_name = f"{metric.name}.sum", f"{metric.name}.count"
-    for data in (metric.histogram, metric.exponential_histogram, metric.summary):
-        for point in data.data_points if data else ():
-            yield sum_name, point, total(point)
-            yield count_name, point, float(point.count)
+def _values(metric: Any, encoding: Encoding) -> Iterator[tuple[str, Any, float | None]]:  # noqa: ANN401
+    kind, name = encoding.kind(metric), metric.name
+    if kind is None:
+        return
+    for point in getattr(metric, kind).data_points:
+        if kind in _DISTRIBUTIONS:
+            yield f"{name}.sum", point, encoding.total(point)
+            yield f"{name}.count", point, float(point.count)
+        else:
+            yield name, point, encoding.number(point)

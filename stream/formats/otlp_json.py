@@ -97,9 +97,14 @@ def make(naming: Naming) -> Decoder:
 
     def decode(value: bytes) -> Sequence[Decoded]:
         resources = _read(value).resource_metrics
-        return otlp.readings(resources, naming, _attributes, _number, _total)
+        return otlp.readings(resources, naming, _ENCODING)
 
     return decode
+
+
+def _kind(metric: _Metric) -> str | None:
+    # One of them at most, says the protocol; of several the first counts.
+    return next((kind for kind in otlp.KINDS if getattr(metric, kind) is not None), None)
 
 
 def _attributes(pairs: Iterable[_KeyValue]) -> dict[str, str]:
@@ -141,3 +146,6 @@ def _float(written: float | str | None) -> float | None:
         raise DecodeError(
             "wrong_type", "expected a 64-bit integer, got one that no float can hold"
         ) from None
+
+
+_ENCODING: Final = otlp.Encoding(_kind, _attributes, _number, _total)

@@ -4,7 +4,7 @@ A message is an ExportMetricsServiceRequest, or MetricsData, which is the same o
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from stream.errors import DecodeError, StreamError
 from stream.formats import otlp
@@ -33,9 +33,14 @@ def make(naming: Naming) -> Decoder:
             ) from None
         if not message.resource_metrics:
             raise DecodeError("missing_field", "expected OTLP metrics in protobuf, got none")
-        return otlp.readings(message.resource_metrics, naming, _attributes, _number, _total)
+        return otlp.readings(message.resource_metrics, naming, _ENCODING)
 
     return decode
+
+
+def _kind(metric: Any) -> str | None:  # noqa: ANN401 - generated code
+    kind: str | None = metric.WhichOneof("data")
+    return kind
 
 
 def _attributes(pairs: Iterable[Any]) -> dict[str, str]:
@@ -60,3 +65,6 @@ def _total(point: Any) -> float | None:  # noqa: ANN401 - generated code
     # A summary always has one; a histogram of negative values has none.
     known = isinstance(point, SummaryDataPoint) or point.HasField("sum")
     return float(point.sum) if known else None
+
+
+_ENCODING: Final = otlp.Encoding(_kind, _attributes, _number, _total)

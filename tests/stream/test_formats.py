@@ -69,6 +69,39 @@ def test_lines(line: bytes, values: dict[str, float | None]) -> None:
     assert make_decoder("telegraf-influx")(slow)[0] == Decoded("a", NOON, values)
 
 
+def test_what_telegraf_wrote() -> None:
+    # Telegraf 1.37.2 with hostname = "web 17,a", its inputs cpu, disk and system.
+    lines = (
+        b"disk,device=devtmpfs,fstype=devtmpfs,host=web\\ 17\\,a,mode=rw,path=/dev "
+        b"inodes_used_percent=0.003696949983833951,total=12630519808i,used_percent=0 "
+        b"1795569361000000000\n",
+        b"system,host=web\\ 17\\,a load1=32.81,n_cpus=2i 1795569361000000000\n",
+        b"cpu,cpu=cpu0,host=web\\ 17\\,a usage_user=94.1176470588123 1795569361000000000\n",
+    )
+    documents = (
+        b'{"fields":{"inodes_used_percent":0.003696949983833951,"total":12630519808,'
+        b'"used_percent":0},"name":"disk","tags":{"device":"devtmpfs","fstype":"devtmpfs",'
+        b'"host":"web 17,a","mode":"rw","path":"/dev"},"timestamp":1795569361}\n',
+        b'{"fields":{"load1":32.81,"n_cpus":2},"name":"system","tags":{"host":"web 17,a"},'
+        b'"timestamp":1795569361}\n',
+        b'{"fields":{"usage_user":94.1176470588123},"name":"cpu","tags":{"cpu":"cpu0",'
+        b'"host":"web 17,a"},"timestamp":1795569361}\n',
+    )
+    disk = "{device=devtmpfs,fstype=devtmpfs,mode=rw,path=/dev}"
+    expected: list[dict[str, float | None]] = [
+        {
+            f"disk.inodes_used_percent{disk}": 0.003696949983833951,
+            f"disk.total{disk}": 12630519808.0,
+            f"disk.used_percent{disk}": 0.0,
+        },
+        {"system.load1": 32.81, "system.n_cpus": 2.0},
+        {"cpu.usage_user{cpu=cpu0}": 94.1176470588123},
+    ]
+    for line, document, values in zip(lines, documents, expected, strict=True):
+        assert read("telegraf-influx", line) == Decoded("web 17,a", 1_795_569_361_000, values)
+        assert read("telegraf-json", document) == Decoded("web 17,a", 1_795_569_361_000, values)
+
+
 def test_lines_of_several_hosts_and_times_are_several_readings() -> None:
     found = make_decoder("telegraf-influx")(
         b"m,host=a x=1 1795435200000000000\nm,host=b x=2 1795435200000000000\n"
