@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from confluent_kafka import Producer as ConfluentProducer
 from kafka import KafkaProducer
 from prometheus_client import CollectorRegistry
 
@@ -104,6 +105,7 @@ def test_all_formats_give_the_same_scores_and_poison_is_sent_again(
             with KafkaProducer(bootstrap_servers=kafka) as producer:
                 poison = {"key": b"k", "headers": [("topic", b"theirs"), ("trace", b"\xff")]}
                 producer.send(topic, value=b"\xffpoison", partition=1, **poison)
+                send_nothing(kafka, topic)
                 for key, message in messages(history):
                     producer.send(topic, key=key.encode(), value=message)
                 producer.flush()
@@ -120,6 +122,13 @@ def test_all_formats_give_the_same_scores_and_poison_is_sent_again(
             if expected is not None:
                 expected = pytest.approx(expected, abs=5e-5)
             assert found[other][at]["anomaly_score"] == expected
+
+
+def send_nothing(servers: str, topic: str) -> None:
+    """Send a record of neither key nor value, which kafka-python itself does not write."""
+    producer = ConfluentProducer({"bootstrap.servers": servers})
+    producer.produce(topic, partition=0, headers=[("empty", None)])
+    assert producer.flush(30) == 0
 
 
 def run(model: Model, deployed: Deployment, scores: int) -> None:
@@ -149,12 +158,18 @@ def run(model: Model, deployed: Deployment, scores: int) -> None:
 
 def assert_sent_again(deployed: Deployment) -> None:
     config = load_config(None, deployed.settings)
-    (letter,) = deployed.records(deployed.dead_letters)
-    assert (letter.key, letter.value) == (b"k", b"\xffpoison")
+    letters = {r.value: r for r in deployed.records(deployed.dead_letters)}
+    assert letters.keys() == {b"", b"\xffpoison"}
+    assert letters[b"\xffpoison"].key == b"k"
+    nothing = dict(letters[b""].headers)
+    assert (letters[b""].key, nothing["reason"], nothing["empty"]) == (None, b"empty", b"")
     before = deployed.records(deployed.topic)
     progress: list[tuple[int, int]] = []
-    assert resend(config, lambda *at: progress.append(at)) == ResendSummary(1, 0)
-    (again,) = deployed.records(deployed.topic)[len(before) :]
+    assert resend(config, lambda *at: progress.append(at)) == ResendSummary(2, 0)
+    assert progress[-1][0] == 2
+    found = deployed.records(deployed.topic)[len(before) :]
+    assert sorted(record.partition for record in found) == [0, 1]
+    (again,) = (record for record in found if record.value)
     assert (again.key, again.value, again.partition) == (b"k", b"\xffpoison", 1)
     assert again.headers == [("topic", b"theirs"), ("trace", b"\xff")]
     # Once is enough, and what is not ours stays where it is.
