@@ -62,6 +62,13 @@ def _servers(value: object) -> object:
     return servers
 
 
+def _names(value: object) -> object:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("expected a name, a list of them, or one string with commas between")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
 def split_host_port(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
@@ -82,10 +89,12 @@ OptionalDurationMs = Annotated[
     BeforeValidator(_optional_positive_duration_ms),
     WithJsonSchema({"anyOf": [_DURATION_SCHEMA, {"type": "null"}]}),
 ]
+_LIST_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_names), WithJsonSchema(_LIST_SCHEMA)]
 TopicName = Annotated[str, BeforeValidator(_topic)]
 Servers = Annotated[
     tuple[str, ...],
     NoDecode,  # the environment gives host:port,host:port, not JSON
     BeforeValidator(_servers),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    WithJsonSchema(_LIST_SCHEMA),
 ]

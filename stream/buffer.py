@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from stream.decide import AlertState
 from stream.learning import Learned, Learner, Pupil
 from stream.records import ReadingBatch
+from tsdiff.history import RATE_LOOKBACK, counter_rates
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
@@ -78,6 +79,8 @@ class Grid:
     """Slots that entities learn from at a time, 0: they do not."""
     context: int = 0
     """Slots before a block that learning needs besides."""
+    counters: tuple[int, ...] = ()
+    """Channels that are read as counters and scored as rates per second."""
 
     def __post_init__(self) -> None:
         """Refuse what the bookkeeping of learning cannot follow."""
@@ -92,7 +95,12 @@ class Grid:
     @property
     def reach(self) -> int:
         """Slots kept before those being scored: the window's, or the block's to learn from."""
-        return max(self.window - 1, self.block + self.context - 1 - self.lag)
+        return max(self.window - 1, self.block + self.context - 1 - self.lag, self.lookback)
+
+    @property
+    def lookback(self) -> int:
+        """Slots before a slot that the rates of its counters need."""
+        return RATE_LOOKBACK if self.counters else 0
 
     @property
     def ring(self) -> int:
@@ -111,8 +119,8 @@ class Grid:
         snapshot = self.lag + self.snapshot_slots + self.span + 1
         if self.block:
             # What a snapshot holds was learned before all this, up to a block ago.
-            return snapshot + self.settling_slots + self.block + self.window
-        return max(scores, snapshot)
+            return snapshot + self.settling_slots + self.block + self.window + self.lookback
+        return max(scores, snapshot) + self.lookback
 
     def closed_before(self, watermark_ms: int) -> int:
         """The first slot that is still open at this watermark."""
@@ -244,6 +252,7 @@ class PartitionBuffer:
 
         start = len(self.entities)
         grown("_ring", (grid.ring, grid.channels), np.float32, np.nan)
+        grown("_counters", (grid.ring, len(grid.counters)), np.float64, np.nan)
         grown("_calm", (grid.ring if grid.block else 0,), np.bool_, False)
         grown("_history", (grid.history, grid.streams), np.float32, np.nan)
         grown("_mean", (grid.channels,), np.float32, 0.0)
@@ -259,6 +268,8 @@ class PartitionBuffer:
         self._free.extend(range(capacity - 1, start - 1, -1))
 
     _ring: Float32 = field(init=False, repr=False)
+    # Counters as they were read; in `_ring` they are rates as soon as their slot closes.
+    _counters: NDArray[np.float64] = field(init=False, repr=False)
     # Slots by ring position whose readings may be learned from.
     _calm: NDArray[np.bool_] = field(init=False, repr=False)
     _history: Float32 = field(init=False, repr=False)
@@ -280,6 +291,7 @@ class PartitionBuffer:
         model_row = self.profiles.row(name)
         known = model_row >= 0
         self._ring[row] = np.nan
+        self._counters[row] = np.nan
         self._calm[row] = False
         self._history[row] = np.nan
         self._mean[row], self._scale[row] = self.profiles.statistics(model_row)
@@ -506,6 +518,11 @@ class PartitionBuffer:
             if not self.priming:
                 self.placement.duplicates += int(np.sum((given & ~np.isnan(old)).any(axis=1)))
             self._ring[rows[now], positions[now]] = np.where(given, new, old)
+            if self.grid.counters and batch.counters is not None:
+                exact = batch.counters[start + chosen[now]]
+                before = self._counters[rows[now], positions[now]]
+                kept = np.where(np.isnan(exact), before, exact)
+                self._counters[rows[now], positions[now]] = kept
 
     # -- closing -------------------------------------------------------------------------------
 
@@ -521,11 +538,25 @@ class PartitionBuffer:
             expiry = first + self.grid.ttl_slots - int(self._silent[self._alive].max())
             # It may be past already: the time to live was shortened between two runs.
             stop = max(min(stop, expiry + 1 + lag), self._closed + 1)
+            self._take_rates(stop)
             closing = self._close_span(first, stop - lag)
             self._closed = stop
             if len(closing.rows):
                 yield closing
             self._retire(closing)
+
+    def _take_rates(self, stop: int) -> None:
+        """Turn the counters of the slots that close now into rates."""
+        grid = self.grid
+        if not grid.counters:
+            return
+        rows = np.flatnonzero(self._alive)
+        slots = np.arange(self._closed - grid.lookback, stop)
+        rates = counter_rates(self._counters[rows[:, None], slots % grid.ring], grid.period_ms)
+        at = slots[grid.lookback :] % grid.ring
+        self._ring[rows[:, None, None], at[:, None], np.array(grid.counters)] = rates[
+            :, grid.lookback :
+        ]
 
     def _close_span(self, start: int, stop: int) -> Closing:
         grid = self.grid
@@ -657,16 +688,19 @@ class PartitionBuffer:
         next_slot = self._closed - grid.lag
         old = np.arange(closing.first_slot - grid.reach, next_slot - grid.reach) % grid.ring
         self._ring[:, old] = np.nan
+        self._counters[:, old] = np.nan
         if grid.block:
             self._calm[:, old] = False
         for row in closing.rows[closing.silent[:, -1] > grid.ttl_slots].tolist():
             name, ring = self.entity(row).name, self._ring[row].copy()
+            counters = self._counters[row].copy()
             self._remove(row)
             still_open = np.arange(next_slot, next_slot + grid.ring - grid.reach)
             heard = still_open[~np.isnan(ring[still_open % grid.ring]).all(axis=1)]
             if len(heard):  # it is back already, as somebody new
                 again = self._add(name, int(heard[0]))
                 self._ring[again, heard % grid.ring] = ring[heard % grid.ring]
+                self._counters[again, heard % grid.ring] = counters[heard % grid.ring]
 
 
 def _rank_within(key: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -128,7 +128,11 @@ def backfill(
     configure_logging("warning", loaded.log.format)
     built = load_model(model, HISTORY_SHAPES, loaded.detect)
     history = load_history(
-        data, period_ms=built.detector.period_ms, channels=built.detector.channels, part=part
+        data,
+        period_ms=built.detector.period_ms,
+        channels=built.detector.channels,
+        part=part,
+        rate=loaded.input.rate,
     )
     for warning in history.warnings:
         _warn(warning)
@@ -156,9 +160,16 @@ def backfill(
 
 def replay(
     data: Annotated[
-        Path, typer.Argument(help="Parquet file, or a folder of entities, with the history.")
-    ],
-    to: Annotated[str, typer.Option("--to", help="Topic to write to; it must exist.")],
+        Path | None,
+        typer.Argument(help="Parquet file, or a folder of entities, with the history."),
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Topic to write to; it must exist.")
+    ] = None,
+    dead_letters: Annotated[
+        bool,
+        typer.Option("--dead-letters", help="Send again what could not be read, to where it was."),
+    ] = False,
     bootstrap_servers: Annotated[
         str, typer.Option("--bootstrap-servers", "-b", help="Brokers, host:port with commas.")
     ] = "localhost:9092",
@@ -176,14 +187,20 @@ def replay(
         str, typer.Option(help="In folders <entity>/{train,test}.parquet: which of them.")
     ] = "test",
     config: ConfigOption = None,
+    settings: SetOption = None,
 ) -> None:
     """Write history to a Kafka topic, keyed by entity: for drills, tests and demos.
+
+    With --dead-letters and the settings of the service: send each message of the dead-letter topic
+    again as it was, to the topic and partition that it came from; each one once.
 
     Examples:
 
         tsdiff replay history/ --to telemetry
 
         tsdiff replay history/ --to telemetry --speed 600 --start-at now
+
+        tsdiff replay --dead-letters -c tsdiff.yaml
     """
     from kafka import KafkaProducer  # noqa: PLC0415
     from kafka.errors import KafkaError  # noqa: PLC0415
@@ -196,6 +213,13 @@ def replay(
     from stream.topics import expect_topic  # noqa: PLC0415
     from tsdiff.history import load_history  # noqa: PLC0415
 
+    if dead_letters:
+        if data is not None or to is not None:
+            raise ConfigError("expected --dead-letters alone, got a history or --to beside it")
+        _send_again(config, settings)
+        return
+    if data is None or to is None:
+        raise ConfigError("expected a history and --to TOPIC, or --dead-letters; see --help")
     if speed is not None and speed <= 0:
         raise ConfigError(f"expected --speed above 0, got {speed:g}; leave it out for full speed")
     if start_at not in {"original", "now"}:
@@ -209,7 +233,7 @@ def replay(
     if config is None:
         client: dict[str, Any] = {"bootstrap_servers": bootstrap_servers.split(",")}
     else:
-        loaded = load_config(config, {})
+        loaded = load_config(config, _overrides(settings or []))
         client = loaded.input.client_kwargs()
     expect_topic(client, to)
     total = sum(len(e.timestamps_ms) for e in history.entities)
@@ -234,6 +258,23 @@ def replay(
             "what was sent so far stays there"
         ) from error
     typer.echo(f"{summary.messages} readings of {len(history.entities)} entities -> {to}")
+
+
+def _send_again(config: Path | None, settings: list[str] | None) -> None:
+    from stream.config import load_config  # noqa: PLC0415
+    from stream.dead_letters import resend  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+
+    loaded = load_config(config, _overrides(settings or []))
+    configure_logging("warning", loaded.log.format)
+    progress, task = _bar(0, "sending again")
+    with progress:
+        summary = resend(
+            loaded, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if summary.left:
+        _warn(f"{summary.left} stay where they are: cut short, or not written by tsdiff")
+    typer.echo(f"{summary.sent} dead letters of {loaded.outputs.dead_letters} sent again")
 
 
 def demo(

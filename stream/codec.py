@@ -1,20 +1,10 @@
-"""Bytes to readings and records to bytes.
-
-The native input is one JSON object a message:
-
-    {"entity": "web-17", "timestamp": "2026-11-23T12:00:00Z", "values": {"cpu": 0.42, "mem": null}}
-
-A timestamp is RFC 3339 or epoch milliseconds. An absent or null channel, NaN and Infinity are
-missing values. Whatever cannot be read raises `DecodeError` with a reason from `REASONS`.
-"""
+"""Decoded readings to columns, and records to bytes; `stream.formats` has the decoders."""
 
 import base64
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,7 +12,7 @@ from numpy.typing import NDArray
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.decide import AlertState
-from stream.errors import DecodeError
+from stream.formats.base import Decoded
 from stream.learning import Learned
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 
@@ -30,109 +20,25 @@ REASONS: Final = (
     "empty",
     "too_large",
     "not_json",
+    "malformed",
     "wrong_type",
     "missing_field",
     "bad_timestamp",
     "future_timestamp",
 )
-MAX_ENTITY_CHARS: Final = 512
 # Beyond float32 a value can only become infinite; it is treated as the infinity it would be.
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-# Year 9999; later timestamps cannot be printed as RFC 3339.
-_LAST_TIMESTAMP_MS: Final = 253_402_300_799_999
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _encoder = msgspec.json.Encoder()
 
 
-class _Native(msgspec.Struct):
-    entity: str
-    timestamp: Annotated[datetime, msgspec.Meta(tz=True)] | int | float
-    values: dict[str, float | None]
-
-
-_decode_native = msgspec.json.Decoder(_Native).decode
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """One reading as it came: values by channel name, missing ones as `None` or absent."""
-
-    entity: str
-    timestamp_ms: int
-    values: dict[str, float | None]
-
-
-Decoder = Callable[[bytes], Sequence[Decoded]]
-
-
-def decode_native(value: bytes) -> Sequence[Decoded]:
-    """Read one native message."""
-    try:
-        message = _decode_native(value)
-    except msgspec.ValidationError as error:
-        raise _rejection(value, str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = _decode_lenient(value, str(error))
-    entity = message.entity
-    if not entity or len(entity) > MAX_ENTITY_CHARS:
-        raise DecodeError(
-            "missing_field" if not entity else "wrong_type",
-            f"expected an entity name of 1 to {MAX_ENTITY_CHARS} characters, got {len(entity)}",
-        )
-    return (Decoded(entity, _epoch_ms(message.timestamp), message.values),)
-
-
-def _decode_lenient(value: bytes, strict_error: str) -> _Native:
-    """Python and many exporters write bare NaN and Infinity, which JSON proper does not know."""
-    try:
-        document = json.loads(value)
-        message = msgspec.convert(document, _Native)
-        # json also lets half of a surrogate pair pass, which can neither be a key nor be printed.
-        message.entity.encode()
-        return message
-    except msgspec.ValidationError as error:
-        raise _rejection(value, str(error)) from None
-    except (ValueError, RecursionError):
-        raise DecodeError("not_json", f"expected a JSON object, got: {strict_error}") from None
-
-
-def _rejection(value: bytes, error: str) -> DecodeError:
-    if "missing required field" in error:
-        reason = "missing_field"
-    elif "$.timestamp" in error:
-        reason = "bad_timestamp"
-    else:
-        reason = "wrong_type"
-    return DecodeError(
-        reason,
-        'expected {"entity": text, "timestamp": RFC 3339 or epoch ms, '
-        f'"values": {{channel: number}}}}, got: {error}',
-    )
-
-
-def _epoch_ms(timestamp: datetime | float) -> int:
-    if isinstance(timestamp, datetime):
-        timestamp_ms = (timestamp - _EPOCH) // _MILLISECOND
-    elif isinstance(timestamp, int) or math.isfinite(timestamp):
-        timestamp_ms = math.floor(timestamp)
-    else:
-        timestamp_ms = -1
-    if not 0 <= timestamp_ms <= _LAST_TIMESTAMP_MS:
-        raise DecodeError(
-            "bad_timestamp", f"expected a timestamp between 1970 and 9999, got {timestamp}"
-        )
-    return timestamp_ms
-
-
-DECODERS: Final[dict[str, Decoder]] = {"native": decode_native}
-
-
 class Columns:
     """Collects decoded readings into columns of the model's channels."""
 
-    def __init__(self, channels: Sequence[str]) -> None:
+    def __init__(self, channels: Sequence[str], counters: Sequence[int] = ()) -> None:
         self._channels = tuple(channels)
+        self._counters = counters
         self._known = frozenset(channels)
         self.entities: list[str] = []
         self.timestamps_ms: list[int] = []
@@ -156,6 +62,15 @@ class Columns:
         wide = np.array(self._rows, np.float64).reshape(len(self._rows), len(self._channels))
         wide[~(np.abs(wide) <= _FLOAT32_MAX)] = np.nan
         return wide.astype(np.float32)
+
+    def counters(self) -> NDArray[np.float64] | None:
+        """The counters among them (N, K) in full precision; `None` where there are none."""
+        if not self._counters:
+            return None
+        rows = [[row[i] for i in self._counters] for row in self._rows]
+        exact = np.array(rows, np.float64).reshape(len(rows), len(self._counters))
+        exact[~(np.abs(exact) <= _FLOAT32_MAX)] = np.nan
+        return exact
 
 
 # -- what leaves -------------------------------------------------------------------------------
@@ -213,8 +128,11 @@ def encode_alert(alert: AlertEvent) -> bytes:
     )
 
 
+_TRUNCATED: Final = "truncated_from_bytes"
+
+
 def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
-    """Where a dead letter came from and why, as Kafka record headers."""
+    """Where a dead letter came from and why, as Kafka record headers, behind its own ones."""
     fields = {
         "topic": letter.topic,
         "partition": str(letter.partition),
@@ -222,7 +140,60 @@ def dead_letter_headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
         "reason": letter.reason,
         "error": letter.error,
     }
-    return [(name, text.encode()) for name, text in fields.items()]
+    return [*letter.headers, *((name, text.encode()) for name, text in fields.items())]
+
+
+class FittedLetter(NamedTuple):
+    """A dead letter as a record of its topic."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+
+
+def fit_dead_letter(letter: DeadLetter, largest: int) -> FittedLetter:
+    """Lay a dead letter out in at most some `largest` bytes beside the headers of ours.
+
+    What does not fit is cut short, which a header says; topic, partition and offset tell where
+    the rest is. A refused record would stop the service instead.
+    """
+    key, value, own = letter.key, letter.value, letter.headers
+    if sum(len(name.encode()) + len(content) for name, content in own) > largest // 4:
+        own = ()
+    if key is not None:
+        key = key[: largest // 4]
+    if value is not None:
+        value = value[: largest - largest // 4 * (bool(own) + bool(key))]
+    headers = dead_letter_headers(replace(letter, headers=own))
+    if (key, value, own) != (letter.key, letter.value, letter.headers):
+        headers.append((_TRUNCATED, str(len(letter.value or b"")).encode()))
+    # kafka-python sends no record that has neither.
+    return FittedLetter(key, b"" if key is None and value is None else value, headers)
+
+
+class Origin(NamedTuple):
+    """The message that a dead letter was."""
+
+    topic: str
+    partition: int
+    headers: tuple[tuple[str, bytes], ...]
+    truncated: bool
+
+
+def origin_of(headers: Sequence[tuple[str, bytes | None]]) -> Origin | None:
+    """Read what `fit_dead_letter` wrote; `None` if it did not write these."""
+    names = [name for name, _ in headers]
+    ours = ["topic", "partition", "offset", "reason", "error"]
+    truncated = bool(names) and names[-1] == _TRUNCATED
+    begin = len(names) - len(ours) - truncated
+    if begin < 0 or names[begin : begin + len(ours)] != ours:
+        return None
+    own = tuple((name, content or b"") for name, content in headers[:begin])
+    try:
+        topic = (headers[begin][1] or b"").decode()
+        return Origin(topic, int(headers[begin + 1][1] or b""), own, truncated)
+    except ValueError:
+        return None
 
 
 # -- state -------------------------------------------------------------------------------------

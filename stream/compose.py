@@ -15,10 +15,10 @@ import structlog
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from stream.buffer import Grid
-from stream.codec import DECODERS
 from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
+from stream.formats import Decoder, make_decoder
 from stream.http import Health, MetricsServer
 from stream.metrics import ServiceMetrics
 from stream.scoring import ScoringConfig
@@ -30,6 +30,7 @@ from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError, ConfigError
+from tsdiff.history import rate_channels
 
 _log = structlog.get_logger("tsdiff.run")
 
@@ -110,6 +111,7 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         lag=detector.lag,
         block=0 if learner is None else learner.block,
         context=0 if learner is None else learner.context,
+        counters=rate_channels(detector.channels, config.input.rate),
     )
     if grid.ttl_slots < grid.replay_slots:
         # A forgotten entity that comes back must not find its earlier life in the replayed log.
@@ -147,6 +149,17 @@ def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
         channels=config.outputs.channels,
         top_channels=config.metrics.top_channels,
     )
+
+
+def decoder_of(config: ServiceConfig) -> Decoder:
+    """The decoder of the settings' input format.
+
+    Raises:
+        StreamError: a package that the format needs is not installed.
+
+    """
+    given = config.input
+    return make_decoder(given.format, given.entity, given.labels, given.timestamp)
 
 
 class Stop:
@@ -196,7 +209,7 @@ def run_service(
         StreamError: the settings or the broker's rights do not allow it.
 
     """
-    grid = grid_of(model, config)
+    grid, decoder = grid_of(model, config), decoder_of(config)
     metrics = ServiceMetrics(
         registry,
         channels=model.detector.channels,
@@ -214,7 +227,7 @@ def run_service(
         model.detector.warm_up()
         health.beat()
         _log.info("model ready", model=model.bundle.version, seconds=_since(began))
-        parts = _connect(config, model, grid, health, stop, dict(client_options or {}))
+        parts = _connect(config, model, grid, decoder, health, stop, dict(client_options or {}))
         if parts is None:
             return
         source, sink = parts
@@ -255,6 +268,7 @@ def _connect(
     config: ServiceConfig,
     model: Model,
     grid: Grid,
+    decoder: Decoder,
     health: Health,
     stop: Stop,
     options: dict[str, Any],
@@ -268,8 +282,9 @@ def _connect(
             source = KafkaSource(
                 config,
                 model.detector.channels,
-                DECODERS[config.input.format],
+                decoder,
                 grid.period_ms,
+                counters=grid.counters,
                 client_options=options,
             )
             return source, KafkaSink(

@@ -26,6 +26,7 @@ from pydantic_settings import (
 
 from stream._fields import (
     DurationMs,
+    Names,
     OptionalDurationMs,
     PositiveDurationMs,
     Servers,
@@ -203,7 +204,37 @@ class InputSection(_Section):
         min_length=1,
         description="Consumer group: services of one group share the partitions",
     )
-    format: Literal["native"] = Field(default="native", description="How a message is written")
+    format: Literal[
+        "native",
+        "telegraf-influx",
+        "telegraf-json",
+        "otlp-json",
+        "otlp-proto",
+        "prometheus-json",
+        "connect-json",
+    ] = Field(default="native", description="How a message is written")
+    entity: Names | None = Field(
+        default=None,
+        description="Labels (tags, resource attributes, fields) that may name the entity; the "
+        "first that a reading has does; a list, or one string with commas between. Unset = the "
+        "format's own",
+    )
+    labels: Names | None = Field(
+        default=None,
+        description="Labels that are part of a channel's name; unset = all but those of entity "
+        "(connect-json: none)",
+    )
+    timestamp: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Field that holds the time (connect-json only); unset = timestamp",
+    )
+    rate: Names = Field(
+        default=(),
+        description="Channels (patterns such as net.*) that are counters: they are scored as rates "
+        "per second, from one slot's last reading to the next one's; a counter that falls has "
+        "begun again at 0",
+    )
     auto_offset_reset: Literal["earliest", "latest"] = Field(
         default="earliest",
         description="Where to begin in a partition without a commit; earliest, so that nothing "
@@ -237,6 +268,17 @@ class InputSection(_Section):
         default_factory=SecuritySection,
         description="How to be let in by the brokers",
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.format == "native" and (self.entity or self.labels):
+            raise ValueError(
+                "expected entity and labels only beside another format than native, whose "
+                "messages name everything themselves"
+            )
+        if self.format != "connect-json" and self.timestamp:
+            raise ValueError("expected timestamp only beside format connect-json")
+        return self
 
     def client_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for any kafka-python client: admin, producer or consumer."""

@@ -28,6 +28,8 @@ class DeadLetter:
     error: str
     key: bytes | None
     value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+    """Those of the message itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class ReadingBatch:
     next_offset: int
     dead_letters: tuple[DeadLetter, ...] = ()
     unknown_channels: int = 0
+    counters: NDArray[np.float64] | None = None
+    """The values (N, K) of the channels that are counters, exact."""
     received_at: float = 0.0
     """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
 

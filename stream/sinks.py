@@ -26,10 +26,10 @@ from stream.buffer import EntitySnapshot
 from stream.clients import connect
 from stream.codec import (
     CommitMetadata,
-    dead_letter_headers,
     encode_alert,
     encode_score,
     encode_snapshot,
+    fit_dead_letter,
 )
 from stream.config import ServiceConfig
 from stream.errors import RetryableError, StreamError
@@ -199,13 +199,9 @@ class KafkaSink:
         return futures
 
     def _send_dead_letter(self, letter: DeadLetter) -> Any:  # noqa: ANN401 - kafka is untyped
-        headers, value = dead_letter_headers(letter), letter.value
-        if value is not None and len(value) > self._largest:
-            # The topic takes no more than this; topic, partition and offset tell where the rest is.
-            headers.append(("truncated_from_bytes", str(len(value)).encode()))
-            value = value[: self._largest]
+        key, value, headers = fit_dead_letter(letter, self._largest)
         return self._producer.send(
-            self._config.outputs.dead_letters, key=letter.key, value=value, headers=headers
+            self._config.outputs.dead_letters, key=key, value=value, headers=headers
         )
 
     def reset(self) -> None:

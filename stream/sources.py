@@ -20,9 +20,10 @@ from kafka.structs import TopicPartition
 
 from stream.buffer import EntitySnapshot
 from stream.clients import connect
-from stream.codec import Columns, CommitMetadata, Decoder, decode_snapshot
+from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
+from stream.formats import Decoded, Decoder
 from stream.records import DeadLetter, PartitionId, ReadingBatch
 from tsdiff.history import History
 
@@ -129,7 +130,8 @@ def history_batches(history: History) -> Iterator[ReadingBatch]:
     order = np.argsort(timestamps, kind="stable")
     for begin in range(0, len(order), _HISTORY_BATCH):
         chosen = order[begin : begin + _HISTORY_BATCH]
-        pairs = zip(owner[chosen].tolist(), row[chosen].tolist(), strict=True)
+        pairs = list(zip(owner[chosen].tolist(), row[chosen].tolist(), strict=True))
+        counters = [e.counters for e in history.entities if e.counters is not None]
         yield ReadingBatch(
             partition=PARQUET_PARTITION,
             entities=[names[e] for e in owner[chosen]],
@@ -137,6 +139,7 @@ def history_batches(history: History) -> Iterator[ReadingBatch]:
             values=np.stack([history.entities[e].values[r] for e, r in pairs]),
             offsets=np.arange(begin, begin + len(chosen)),
             next_offset=begin + len(chosen),
+            counters=np.stack([counters[e][r] for e, r in pairs]) if counters else None,
         )
 
 
@@ -197,12 +200,14 @@ class KafkaSource:
         decoder: Decoder,
         period_ms: int,
         *,
+        counters: Sequence[int] = (),
         client_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
         self._channels = tuple(channels)
         self._decoder = decoder
         self._period_ms = period_ms
+        self._counters = tuple(counters)
         self._options = dict(client_options or {})
         self._events: deque[tuple[str, list[TopicPartition]]] = deque()
         # Partitions that replay an earlier part of the log, and up to which offset.
@@ -314,7 +319,7 @@ class KafkaSource:
     def _decode(
         self, partition: TopicPartition, records: Sequence[Any], next_offset: int | None = None
     ) -> ReadingBatch:
-        columns = Columns(self._channels)
+        columns = Columns(self._channels, self._counters)
         letters = []
         for record in records:
             try:
@@ -338,6 +343,8 @@ class KafkaSource:
                         str(error),
                         record.key,
                         record.value,
+                        # A header may have no value at all, but cannot be written so again.
+                        tuple((name, content or b"") for name, content in record.headers),
                     )
                 )
         return ReadingBatch(
@@ -349,10 +356,11 @@ class KafkaSource:
             next_offset=records[-1].offset + 1 if next_offset is None else next_offset,
             dead_letters=tuple(letters),
             unknown_channels=columns.unknown_channels,
+            counters=columns.counters(),
             received_at=records[0].timestamp / 1000 if records else 0.0,
         )
 
-    def _readings(self, record: Any) -> Sequence[Any]:  # noqa: ANN401 - kafka-python is untyped
+    def _readings(self, record: Any) -> Sequence[Decoded]:  # noqa: ANN401 - kafka-python is untyped
         value: bytes | None = record.value
         if not value:
             raise DecodeError("empty", "expected a message, got a record without a value")

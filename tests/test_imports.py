@@ -42,6 +42,8 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
     "orbax": "orbax-checkpoint",
+    "google": "protobuf",
+    "opentelemetry": "opentelemetry-proto",
     # The two that pydantic-settings is built on.
     "pydantic": "pydantic-settings",
     "pydantic_core": "pydantic-settings",

@@ -8,15 +8,17 @@ Everything that had to be mended on the way is said in `History.warnings`.
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tsdiff.errors import HistoryError
+from tsdiff.errors import ConfigError, HistoryError
 
 TIMESTAMP = "timestamp"
 ENTITY = "entity"
@@ -36,6 +38,10 @@ _SECONDS = (10**9, 4_102_444_800)
 
 _NAMES_SHOWN = 5
 
+# A counter's rate is told from the last of so many slots before that has a reading: at 60 s the
+# five minutes after which Prometheus takes a series for gone.
+RATE_LOOKBACK = 5
+
 
 @dataclass(frozen=True)
 class EntityHistory:
@@ -44,6 +50,8 @@ class EntityHistory:
     entity: str
     timestamps_ms: NDArray[np.int64]
     values: NDArray[np.float32]
+    counters: NDArray[np.float64] | None = None
+    """The channels `rate` (N, K) as they were read: float32 cannot hold 16,777,217."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class _Reader:
     period_ms: int | None
     wanted: tuple[str, ...] | None
     channels: tuple[str, ...] | None
+    kind: type[np.float32] | type[np.float64] = np.float32
     channels_of: Path | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -72,6 +81,7 @@ def load_history(
     period_ms: int | None,
     channels: Sequence[str] | None = None,
     part: str | None = None,
+    rate: Sequence[str] = (),
 ) -> History:
     """Read one Parquet file, or a folder of them.
 
@@ -85,13 +95,16 @@ def load_history(
     `channels` chooses and orders the channels; without it every column that is not a timestamp,
     entity or label is one, in the order of the first file.
 
+    Channels that match a pattern of `rate` are counters, and kept in `EntityHistory.counters` too.
+
     Raises:
         HistoryError: in one line, which file or column cannot be used and what to do about it.
+        ConfigError: a pattern of `rate` matches no channel.
 
     """
     root = Path(path)
     wanted = None if channels is None else tuple(channels)
-    reader = _Reader(period_ms, wanted, wanted)
+    reader = _Reader(period_ms, wanted, wanted, np.float64 if rate else np.float32)
     pieces: dict[str, list[EntityHistory]] = {}
     for file in _find_files(root, part or DEFAULT_PART, reader.warnings):
         for piece in _read_file(file, reader):
@@ -99,6 +112,9 @@ def load_history(
     if not pieces or reader.channels is None:
         raise HistoryError(f"{root}: expected readings, found no row in any file")
     entities = tuple(_join(name, pieces[name], reader.warnings) for name in sorted(pieces))
+    if rate:
+        counters = list(rate_channels(reader.channels, rate))
+        entities = tuple(_with_counters(entity, counters) for entity in entities)
     for entity in entities:
         empty = np.flatnonzero(np.isnan(entity.values).all(axis=0))
         if empty.size:
@@ -107,6 +123,82 @@ def load_history(
                 f"{entity.entity}: no reading at all in {names}; kept as missing"
             )
     return History(reader.channels, entities, tuple(reader.warnings))
+
+
+def rate_channels(channels: Sequence[str], patterns: Sequence[str]) -> tuple[int, ...]:
+    """Places of the channels that match one of the patterns (`*`, `?`, `[abc]`).
+
+    Raises:
+        ConfigError: a pattern matches none.
+
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in channels):
+            raise ConfigError(
+                f"expected each pattern of input.rate to match a channel of the model, {pattern!r} "
+                f"matches none of {_some(channels)}"
+            )
+    return tuple(
+        place
+        for place, name in enumerate(channels)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
+
+
+def counter_rates(counters: NDArray[np.float64], period_ms: int) -> NDArray[np.float64]:
+    """Counters by slot (..., T, K), NaN where there is none -> rates per second, NaN where unknown.
+
+    The difference to the last slot that has a reading, of the `RATE_LOOKBACK` before, by the time
+    between the two slots. A counter that fell has begun again at nothing, as Prometheus assumes.
+    """
+    rates = np.full(counters.shape, np.nan)
+    for back in range(1, min(RATE_LOOKBACK, counters.shape[-2] - 1) + 1):
+        found = _rate(counters[..., back:, :], counters[..., :-back, :], back, period_ms)
+        # A nearer slot has been taken already where there is one.
+        nearer = rates[..., back:, :]
+        nearer[...] = np.where(np.isnan(nearer), found, nearer)
+    return rates
+
+
+def with_rates(history: History, rate: Sequence[str], period_ms: int) -> History:
+    """Put rates in the place of counters, slot by slot as the service does, for training.
+
+    `history` was loaded with the same `rate`. The rate of a slot is in the row of the slot's last
+    reading of that channel, and its other rows have none.
+    """
+    places = rate_channels(history.channels, rate)
+    entities = []
+    for entity in history.entities:
+        values, slots = entity.values.copy(), entity.timestamps_ms // period_ms
+        for k, place in enumerate(places):
+            counter = np.zeros(0) if entity.counters is None else entity.counters[:, k]
+            rows = np.flatnonzero(~np.isnan(counter))
+            last = rows[np.append(np.diff(slots[rows]) > 0, True)] if len(rows) else rows
+            apart = np.diff(slots[last])
+            rates = _rate(counter[last[1:]], counter[last[:-1]], apart, period_ms)
+            values[:, place] = np.nan
+            values[last[1:], place] = np.where(apart <= RATE_LOOKBACK, rates, np.nan)
+        entities.append(EntityHistory(entity.entity, entity.timestamps_ms, values))
+    return replace(history, entities=tuple(entities))
+
+
+def _rate(
+    now: NDArray[np.float64],
+    before: NDArray[np.float64],
+    slots: int | NDArray[np.int64],
+    period_ms: int,
+) -> NDArray[np.float64]:
+    grown = np.where(now >= before, now - before, np.where(np.isnan(before), np.nan, now))
+    return np.asarray(grown / (slots * period_ms / 1000), np.float64)
+
+
+def _with_counters(entity: EntityHistory, counters: list[int]) -> EntityHistory:
+    """Keep the counters of readings that are still float64, and round the rest."""
+    with np.errstate(over="ignore"):
+        values = entity.values.astype(np.float32)
+    values[~np.isfinite(values)] = np.nan
+    exact = np.where(np.isnan(values[:, counters]), np.nan, entity.values[:, counters])
+    return replace(entity, values=values, counters=exact)
 
 
 def _find_files(root: Path, part: str, warnings: list[str]) -> list[Path]:
@@ -166,7 +258,7 @@ def _read_file(file: Path, reader: _Reader) -> Iterator[EntityHistory]:
         reader.warnings.append(f"{file}: holds no rows, left out")
         return
     timestamps_ms = _timestamps_ms(file, table.column(TIMESTAMP), reader)
-    values = _values(table, channels)
+    values = _values(table, channels, reader.kind)
     if several:
         names, member = _entities(file, table.column(ENTITY))
     else:
@@ -268,9 +360,11 @@ def _timestamps_ms(file: Path, column: pa.ChunkedArray, reader: _Reader) -> NDAr
     return np.asarray(steps, np.int64) * reader.period_ms
 
 
-def _values(table: pa.Table, channels: Sequence[str]) -> NDArray[np.float32]:
+def _values(
+    table: pa.Table, channels: Sequence[str], kind: type[np.float32] | type[np.float64]
+) -> NDArray[Any]:
     """Collect the channels as (N, D); whatever is no finite number becomes NaN."""
-    values = np.empty((table.num_rows, len(channels)), np.float32)
+    values = np.empty((table.num_rows, len(channels)), kind)
     for place, name in enumerate(channels):
         column = table.column(name)
         if pa.types.is_boolean(column.type):

@@ -1,7 +1,7 @@
 """A model small enough to follow by hand, and helpers that make readings."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,9 +146,9 @@ class FakeScorer:
         )
 
 
-def grid(**changes: int) -> Grid:
+def grid(**changes: Any) -> Grid:  # noqa: ANN401 - as Grid
     """Slots of 10 ms, one late slot allowed, short memories."""
-    settings = {
+    settings: dict[str, Any] = {
         "period_ms": 10,
         "channels": 2,
         "window": 3,

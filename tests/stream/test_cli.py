@@ -327,6 +327,7 @@ def history_file(tmp_path: Path, rows: int = 20) -> Path:
         (["--speed", "-2"], "expected --speed above 0, got -2"),
         (["--start-at", "later"], "expected --start-at original or now, got 'later'"),
         (["--period", "soon"], "soon"),
+        (["--dead-letters"], "expected --dead-letters alone"),
     ],
 )
 def test_replay_with_wrong_options_is_wrong_usage(
@@ -334,6 +335,12 @@ def test_replay_with_wrong_options_is_wrong_usage(
 ) -> None:
     status = cli.main(["replay", str(history_file(tmp_path)), "--to", "x", *options])
     assert said in one_error((status, *_captured(capsys)), status=2)
+
+
+def test_replay_of_nothing_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["replay"], ["replay", "--to", "x"]):
+        error = one_error((cli.main(command), *_captured(capsys)), status=2)
+        assert "expected a history and --to TOPIC, or --dead-letters" in error
 
 
 def test_replay_without_a_broker_says_so(tmp_path: Path) -> None:

@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.codec import (
-    DECODERS,
-    MAX_ENTITY_CHARS,
     REASONS,
     Columns,
     CommitMetadata,
-    Decoded,
+    Origin,
     dead_letter_headers,
-    decode_native,
     decode_snapshot,
     encode_alert,
     encode_score,
     encode_snapshot,
+    fit_dead_letter,
+    origin_of,
     rfc3339,
 )
 from stream.decide import AlertState
 from stream.errors import DecodeError
+from stream.formats.base import MAX_ENTITY_CHARS, Decoded
+from stream.formats.native import decode_native
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 
 NOON = 1_795_435_200_000  # 2026-11-23T12:00:00Z
@@ -56,7 +57,6 @@ def test_the_example_of_the_documentation() -> None:
         b'{"entity": "web-17", "timestamp": "2026-11-23T12:00:00Z", '
         b'"values": {"cpu": 0.42, "mem": null}}'
     ) == Decoded("web-17", NOON, {"cpu": 0.42, "mem": None})
-    assert DECODERS["native"] is decode_native
 
 
 @pytest.mark.parametrize(
@@ -390,6 +390,45 @@ def test_a_dead_letter_says_where_it_came_from_and_why() -> None:
         "reason": b"not_json",
         "error": "expected é".encode(),
     }
+
+
+def test_the_headers_of_the_message_stay_and_are_told_from_ours() -> None:
+    own = (("topic", b"theirs"), ("trace", b""), ("error", b"\xff"))
+    letter = DeadLetter("in", 3, 5, "not_json", "expected JSON", b"k", b"v", own)
+    fitted = fit_dead_letter(letter, 1000)
+    assert (fitted.key, fitted.value) == (b"k", b"v")
+    assert dict(fitted.headers)["topic"] == b"in"
+    assert origin_of(fitted.headers) == Origin("in", 3, own, truncated=False)
+    assert origin_of(own) is None
+    assert origin_of([]) is None
+    assert origin_of([*fitted.headers, ("more", b"")]) is None
+    assert origin_of([*fitted.headers[:-4], ("partition", b"x"), *fitted.headers[-3:]]) is None
+
+
+@given(
+    st.none() | st.binary(max_size=300),
+    st.none() | st.binary(max_size=300),
+    st.lists(st.tuples(st.text(max_size=60), st.binary(max_size=60)), max_size=4),
+    st.integers(8, 200),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_dead_letter_fits_or_says_that_it_was_cut(
+    key: bytes | None, value: bytes | None, own: list[tuple[str, bytes]], largest: int
+) -> None:
+    letter = DeadLetter("in", 3, 5, "too_large", "expected less", key, value, tuple(own))
+    fitted = fit_dead_letter(letter, largest)
+    origin = origin_of(fitted.headers)
+    assert origin is not None
+    size = len(fitted.key or b"") + len(fitted.value or b"")
+    size += sum(len(name.encode()) + len(content) for name, content in origin.headers)
+    assert size <= largest
+    # What kafka-python takes at all.
+    assert fitted.key is not None or fitted.value is not None
+    if origin.truncated:
+        assert dict(fitted.headers)["truncated_from_bytes"] == str(len(value or b"")).encode()
+    else:
+        same = (fitted.key, fitted.value or None, origin.headers)
+        assert same == (key, value or None, tuple(own))
 
 
 # -- state -------------------------------------------------------------------------------------

@@ -187,7 +187,10 @@ def test_missing_keys_are_named_with_the_way_to_set_them(tmp_path: Path) -> None
     [
         ("input.max_poll_records", "many", "expected a valid integer"),
         ("input.max_poll_records", 0, "greater than or equal to 1, got 0"),
-        ("input.format", "telegraf-influx", "expected 'native', got 'telegraf-influx'"),
+        ("input.format", "avro", "'connect-json', got 'avro'"),
+        ("input.entity", "host", "expected entity and labels only beside another format"),
+        ("input.entity", 5, "expected a name, a list of them, or one string"),
+        ("input.timestamp", "ts", "expected timestamp only beside format connect-json"),
         ("input.topic", "no spaces", "expected the name of a Kafka topic"),
         ("input.topic", "..", "expected the name of a Kafka topic"),
         ("input.bootstrap_servers", "kafka", "expected host:port in each place, not 'kafka'"),

@@ -229,7 +229,7 @@ def test_a_period_has_to_be_above_nothing() -> None:
 def test_a_real_broker_stores_every_reading_in_order(kafka: str, make_topic: MakeTopic) -> None:
     from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-    from stream.codec import decode_native
+    from stream.formats.native import decode_native
 
     topic = make_topic(partitions=3)
     channels = tuple(f"channel_{i}" for i in range(38))
