@@ -47,6 +47,8 @@ class ReadingBatch:
     next_offset: int
     dead_letters: tuple[DeadLetter, ...] = ()
     unknown_channels: int = 0
+    unkeyed: int = 0
+    """Messages without a key in a topic of several partitions: those are spread at random."""
     received_at: float = 0.0
     """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
 
