@@ -7,7 +7,8 @@ One real broker, one feeder of readings, one to three `tsdiff run` processes. Ea
 fault; half of the rounds wait until everything is scored again, the others go on at once. At the
 end a `read_committed` reader's scores, alerts and dead letters are compared with what an
 undisturbed run over the same readings gives (`tsdiff backfill`'s own code). Exit status 1 on any
-violation. The seed decides what is done; the machine decides at which instruction.
+violation, and that includes two minutes without catching up, so it wants a machine with a core or
+two to spare. The seed decides what is done; the machine decides at which instruction.
 """
 
 import argparse
