@@ -14,7 +14,7 @@ After a crash the next owner restores the per-entity snapshots, starts again at 
 and runs the same code with `emit` off up to the committed offset ("priming").
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -126,6 +126,10 @@ class Grid:
         """The first slot that is still open at this watermark."""
         return (watermark_ms - self.lateness_ms) // self.period_ms
 
+    def last_scored(self, watermark_ms: int) -> int:
+        """The last slot that has been scored at this watermark."""
+        return self.closed_before(watermark_ms) - self.lag - 1
+
 
 class ReplayPoint(NamedTuple):
     """Where reading must start again, and the watermark just before that offset."""
@@ -214,6 +218,8 @@ class PartitionBuffer:
     prime_until: int = 0
     """Offsets below this were committed before: they rebuild state and emit nothing."""
     prime_watermark_ms: int = NO_WATERMARK
+    warm_again: bool = False
+    """What there is to rebuild from is not whole: entities warm up again afterwards."""
     placement: Placement = field(default_factory=Placement)
 
     def __post_init__(self) -> None:
@@ -357,6 +363,10 @@ class PartitionBuffer:
                 self._ready[row] = snapshot.slot + 1 + self.grid.newcomer_slots
         self._dirty.clear()
 
+    def disown(self, names: Iterable[str]) -> None:
+        """Let go of entities of an earlier life: their snapshots go with the next commit."""
+        self._gone.extend(names)
+
     def snapshots(self) -> tuple[list[EntitySnapshot], list[str]]:
         """Snapshots that are due since the last call, and the names of entities that are gone."""
         last = self._closed - self.grid.lag - 1
@@ -421,6 +431,21 @@ class PartitionBuffer:
         self.watermark_ms = max(self.watermark_ms, self.prime_watermark_ms)
         yield from self._close(self.grid.closed_before(self.watermark_ms))
         self.prime_until = 0
+        if self.warm_again:
+            self._warm_up_again()
+            self.warm_again = False
+
+    def _warm_up_again(self) -> None:
+        """Have a first window filled anew; what entities learned before that stays."""
+        start = self._closed - self.grid.lag
+        rows = np.flatnonzero(self._alive)
+        later = np.maximum(0, start + self.grid.warmup_slots - self._ready[rows])
+        self._ready[rows] += later
+        # Snapshots keep the first slot, and the end of the warm-up with it; no slot is left out.
+        first = self._first[rows]
+        self._first[rows] = np.maximum(first, np.minimum(first + later, start))
+        self._history[rows] = np.nan
+        self._dirty.update(rows.tolist())
 
     def _advance(self, batch: ReadingBatch, start: int, stop: int) -> Iterator[Closing]:
         if start == stop:

@@ -1,4 +1,4 @@
-"""The commands of `stream`: run, backfill, replay, demo, bench. Thin: parse, build, call, print."""
+"""The commands of `stream`, from `tsdiff run` to `tsdiff doctor`: parse, build, call, print."""
 
 import json
 import logging
@@ -275,6 +275,85 @@ def _send_again(config: Path | None, settings: list[str] | None) -> None:
     if summary.left:
         _warn(f"{summary.left} stay where they are: cut short, or not written by tsdiff")
     typer.echo(f"{summary.sent} dead letters of {loaded.outputs.dead_letters} sent again")
+
+
+def doctor(
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON, for machines.")
+    ] = False,
+) -> None:
+    """Try everything before it is needed: settings, bundle, broker, topics, and what arrives.
+
+    Looks at the newest messages of every partition: can they be read, is one entity spread over
+    partitions, do clocks agree, do the bundle's channels arrive in its period. Writes nothing.
+    Exit status 1 if anything is wrong.
+
+    Examples:
+
+        tsdiff doctor -c tsdiff.yaml
+
+        tsdiff doctor -c tsdiff.yaml --json
+    """
+    from stream.doctor import as_dict, examine  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+
+    configure_logging("error", "console")
+    # What goes wrong is said below.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    found = examine(config, _overrides(settings or []))
+    if as_json:
+        typer.echo(json.dumps(as_dict(found)))
+    else:
+        marks = {"ok": "ok   ", "wrong": "WRONG", "skipped": "-    "}
+        for finding in found:
+            typer.echo(f"{marks[finding.status]} {finding.check}: {finding.said}")
+            if finding.status == "wrong" and finding.mend:
+                typer.echo(f"      to mend it: {finding.mend}")
+    if any(finding.status == "wrong" for finding in found):
+        raise typer.Exit(1)
+
+
+def rekey(
+    to: Annotated[str, typer.Option("--to", help="Topic to write to; it must exist.")],
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    until_end: Annotated[
+        bool, typer.Option("--until-end", help="End once all that is there now is written.")
+    ] = False,
+) -> None:
+    """Write the input topic's messages to another topic, unchanged, but keyed by entity.
+
+    For producers that spread an entity over partitions. One process, exactly-once, in the order of
+    event time; it goes on where it ended. Then have input.topic name the new topic.
+
+    Examples:
+
+        tsdiff rekey -c tsdiff.yaml --to telemetry-keyed
+
+        tsdiff rekey -c tsdiff.yaml --to telemetry-keyed --until-end
+    """
+    from stream.compose import Stop  # noqa: PLC0415
+    from stream.config import load_config  # noqa: PLC0415
+    from stream.logs import configure_logging  # noqa: PLC0415
+    from stream.rekey import rekey as write  # noqa: PLC0415
+    from stream.topics import expect_topic  # noqa: PLC0415
+
+    # It needs no bundle; the key is there because live settings files have it.
+    loaded = load_config(config, {"model.path": "none", **_overrides(settings or [])})
+    if to == loaded.input.topic:
+        raise ConfigError(f"expected another topic for --to than input.topic itself, got {to}")
+    configure_logging(loaded.log.level, loaded.log.format)
+    for topic in (loaded.input.topic, to):
+        expect_topic(loaded.input.client_kwargs(), topic)
+    stop = Stop()
+    with stop.on_signals():
+        done = write(loaded, to, stopping=stop, until_end=until_end)
+    typer.echo(
+        f"{done.messages} messages -> {to}; of these {done.unread} could not be read and "
+        f"{done.mixed} hold several entities: they keep the key they had"
+    )
 
 
 def demo(

@@ -242,12 +242,16 @@ def run_service(
             idle_after_s=config.grid.idle_after_ms / 1000,
         )
         try:
-            service.run(stop)
+            whole = service.run(stop)
         finally:
             # Leave the group first: the others may go on while we close the rest.
             source.close()
             sink.close()
-        _log.info("stopped; everything is committed")
+        _log.info(
+            "stopped; everything is committed"
+            if whole
+            else "stopped; the last round is not committed, and will be done again"
+        )
 
 
 def _since(began: float) -> float:
@@ -283,8 +287,7 @@ def _connect(
                 config,
                 model.detector.channels,
                 decoder,
-                grid.period_ms,
-                counters=grid.counters,
+                grid,
                 client_options=options,
             )
             return source, KafkaSink(

@@ -304,7 +304,8 @@ class InputSection(_Section):
             "max_poll_records": self.max_poll_records,
             # Below the broker's own limit this would only make small fetches.
             "max_partition_fetch_bytes": max(_MIB, self.max_message_bytes),
-            "auto_offset_reset": self.auto_offset_reset,
+            # Never behind our back: the source says where to begin, and counts what is gone.
+            "auto_offset_reset": "none",
             "enable_auto_commit": False,
             "isolation_level": "read_committed",
             "allow_auto_create_topics": False,

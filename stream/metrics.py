@@ -33,6 +33,9 @@ from stream.records import STATES, ChannelScore, PartitionId, SlotScore, State
 Stage = Literal["fetch", "score", "commit"]
 STAGES: tuple[Stage, ...] = ("fetch", "score", "commit")
 
+Misplaced = Literal["no_key", "two_partitions"]
+MISPLACED: tuple[Misplaced, ...] = ("no_key", "two_partitions")
+
 ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
 
 # Close together around the goal (99 % under one second), then wide: past a minute only the order
@@ -90,6 +93,14 @@ class ServiceMetrics:
         self._unknown_channels = counter(
             "tsdiff_unknown_channels_total", "Values ignored: the model does not know the channel."
         )
+        self._misplaced = counter(
+            "tsdiff_misplaced_readings_total",
+            "Readings that are not keyed by entity: without a key, or of an entity that another "
+            "partition holds as well.",
+            ["reason"],
+        )
+        for kind in MISPLACED:
+            self._misplaced.labels(kind)
         self._dead_letters = counter(
             "tsdiff_dead_letters_total",
             "Messages that could not be read and went to the dead-letter topic.",
@@ -112,7 +123,8 @@ class ServiceMetrics:
         )
         self._recoveries = counter(
             "tsdiff_recoveries_total",
-            "Times that the service went back to the last commit and read on from there.",
+            "Times that the service went back to the last commit (reason commit), or a partition "
+            "could not go on as it was.",
             ["reason"],
         )
         durations = Histogram(
@@ -163,6 +175,10 @@ class ServiceMetrics:
     def unknown_channels(self, count: int) -> None:
         """Count values of channels that the model does not know."""
         self._unknown_channels.inc(count)
+
+    def misplaced(self, reason: Misplaced, count: int) -> None:
+        """Count readings that are not where their entity is, or may not be."""
+        self._misplaced.labels(reason).inc(count)
 
     def dead_letter(self, reason: str, count: int = 1) -> None:
         """Count messages dead-lettered; `reason` is one of the decoder's few short names."""

@@ -51,6 +51,8 @@ class ReadingBatch:
     unknown_channels: int = 0
     counters: NDArray[np.float64] | None = None
     """The values (N, K) of the channels that are counters, exact."""
+    unkeyed: int = 0
+    """Messages without a key in a topic of several partitions: those are spread at random."""
     received_at: float = 0.0
     """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
 

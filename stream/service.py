@@ -16,7 +16,7 @@ from stream.buffer import Closing, EntitySnapshot, Grid, PartitionBuffer
 from stream.codec import CommitMetadata
 from stream.errors import RetryableError
 from stream.http import Health
-from stream.metrics import ServiceMetrics
+from stream.metrics import Misplaced, ServiceMetrics
 from stream.records import PartitionId, ReadingBatch, State
 from stream.scoring import Scorer, ScoringConfig, score_rounds
 from stream.sinks import Position, Round, Sink
@@ -26,6 +26,8 @@ _log = structlog.get_logger("tsdiff.service")
 
 # Lag and entity counts are for people and dashboards; more often would only cost.
 GAUGES_EVERY_S: Final = 1.0
+SPREAD_EVERY_S: Final = 60.0
+"""Between two lines about messages that are not keyed by entity; all are counted."""
 
 
 class Service:
@@ -59,18 +61,23 @@ class Service:
         self._heard_at: dict[PartitionId, float] = {}
         self._appended_at: dict[PartitionId, float] = {}
         self._gauges_at = 0.0
+        self._spread_at = -SPREAD_EVERY_S
         self._failures = 0
         """Rounds that failed since the last one that was committed."""
 
-    def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Work until the source ends or somebody asks to stop; what was begun is finished."""
+    def run(self, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Work until the source ends or somebody asks to stop; what was begun is finished.
+
+        False where that could not be: the last round failed, and was not committed.
+        """
         while not stopping():
             try:
                 if not self.step():
-                    return
+                    break
             except RetryableError as error:
                 if not self._recover(error, stopping):
-                    return
+                    return False
+        return True
 
     def step(self) -> bool:
         """Run one round; False once the source has ended.
@@ -107,22 +114,25 @@ class Service:
     # -- partitions ----------------------------------------------------------------------------
 
     def _resume(self, partition: PartitionId, resume: Resume) -> PartitionBuffer:
+        if resume.lost is not None:
+            self._metrics.recovery(resume.lost)
         metadata = resume.metadata
         if metadata is None or resume.next_offset is None:
-            return PartitionBuffer(self._grid, self._scorer)
+            buffer = PartitionBuffer(self._grid, self._scorer)
+            buffer.disown(s.entity for s in resume.snapshots)
+            return buffer
         buffer = PartitionBuffer(
             self._grid,
             self._scorer,
             watermark_ms=metadata.replay_watermark_ms,
             prime_until=resume.next_offset,
             prime_watermark_ms=metadata.watermark_ms,
+            warm_again=resume.lost is not None,
         )
-        last = self._grid.closed_before(metadata.watermark_ms) - self._grid.lag - 1
-        # An offset that was set back by hand leaves snapshots behind that are of the future.
-        fitting = [s for s in resume.snapshots if s.slot <= last and self._fits(s)]
+        fitting = [s for s in resume.snapshots if self._fits(s)]
         if len(fitting) < len(resume.snapshots):
             _log.warning(
-                "snapshots that do not fit the committed offset are left out",
+                "snapshots of a model with other channels are left out",
                 partition=partition.partition,
                 count=len(resume.snapshots) - len(fitting),
             )
@@ -186,6 +196,7 @@ class Service:
             metrics.unknown_channels(placement.unknown_channels)
             if batch.received_at and placement.placed:
                 metrics.end_to_end_latency(self._clock() - batch.received_at)
+            self._notice_spread(batch)
         for letter in round_.dead_letters:
             metrics.dead_letter(letter.reason)
         metrics.scores(len(round_.scores))
@@ -200,6 +211,27 @@ class Service:
                     anomaly_score=alert.anomaly_score,
                     channels=list(alert.channels)[: self._scoring.top_channels],
                 )
+
+    def _notice_spread(self, batch: ReadingBatch) -> None:
+        """Count readings of entities that are in several partitions, or soon will be."""
+        others = [b.names for p, b in self._buffers.items() if p != batch.partition]
+        names = self._buffers[batch.partition].names
+        spread = {n for n in set(batch.entities) & names.keys() if any(n in o for o in others)}
+        found: dict[Misplaced, int] = {
+            "no_key": batch.unkeyed,
+            "two_partitions": sum(name in spread for name in batch.entities) if spread else 0,
+        }
+        for reason, count in found.items():
+            self._metrics.misplaced(reason, count)
+        if any(found.values()) and self._clock() - self._spread_at >= SPREAD_EVERY_S:
+            self._spread_at = self._clock()
+            _log.warning(
+                "messages are not keyed by entity: what is spread over partitions is scored twice, "
+                "each time from a part of it; see tsdiff doctor and tsdiff rekey",
+                partition=batch.partition.partition,
+                entity=min(spread, default=None),
+                **found,
+            )
 
     def _watch(self) -> None:
         """Readiness, lag and silence, once a second."""

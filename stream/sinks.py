@@ -12,10 +12,10 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import structlog
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import (
     AuthorizationError,
+    FencedInstanceIdError,
     KafkaConfigurationError,
     KafkaError,
     UnsupportedVersionError,
@@ -23,7 +23,7 @@ from kafka.errors import (
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.buffer import EntitySnapshot
-from stream.clients import connect
+from stream.clients import abandon, connect, within
 from stream.codec import (
     CommitMetadata,
     encode_alert,
@@ -34,12 +34,11 @@ from stream.codec import (
 from stream.config import ServiceConfig
 from stream.errors import RetryableError, StreamError
 from stream.records import AlertEvent, DeadLetter, PartitionId, SlotScore
-from stream.sources import state_key
+from stream.sources import name_taken, state_key
 
-_log = structlog.get_logger("tsdiff.sink")
-
-# How long one commit may take before the broker counts as gone and the round is done again.
-COMMIT_TIMEOUT_S: Final = 60.0
+# A commit that takes longer than its transaction may last is waited for in vain: the broker has
+# ended it. With a very short one, a busy broker still gets this long.
+LEAST_COMMIT_TIMEOUT_S: Final = 5.0
 # Headers and framing beside a dead letter's own bytes.
 _FRAMING_BYTES: Final = 64 * 1024
 
@@ -132,20 +131,23 @@ class KafkaSink:
         name = config.input.instance_id or uuid.uuid4().hex
         self._transactional_id = f"{config.input.group}-{name}"
         self._exactly_once = config.delivery.mode == "exactly-once"
+        timeout_s = config.delivery.transaction_timeout_ms / 1000
+        self._timeout_s = max(LEAST_COMMIT_TIMEOUT_S, timeout_s)
         self._producer = self._connect()
 
     def _connect(self) -> KafkaProducer:
         kwargs = self._config.producer_kwargs(self._transactional_id)
         kwargs["max_request_size"] = self._largest + _FRAMING_BYTES
         # Larger batches than the 16 KiB default: a round is thousands of small records.
-        kwargs |= {"batch_size": 256 * 1024, "linger_ms": 5, **self._options}
+        kwargs |= {"batch_size": 256 * 1024, "linger_ms": 5}
+        kwargs |= {"max_block_ms": int(self._timeout_s * 1000), **self._options}
         try:
             producer = connect(KafkaProducer, **kwargs)
             if self._exactly_once:
                 try:
                     producer.init_transactions()
                 except KafkaError:
-                    producer.close(timeout=0)
+                    abandon(producer)
                     raise
         except (AuthorizationError, UnsupportedVersionError, KafkaConfigurationError) as error:
             raise StreamError(f"the broker refuses to be written to: {error}") from error
@@ -165,18 +167,27 @@ class KafkaSink:
             if self._exactly_once:
                 self._producer.begin_transaction()
                 self._send(round_)
-                self._producer.send_offsets_to_transaction(offsets, generation)
-                self._producer.commit_transaction()
+                within(self._timeout_s, lambda: self._end_transaction(offsets, generation))
             else:
                 futures = self._send(round_)
-                self._producer.flush(COMMIT_TIMEOUT_S)
+                self._producer.flush(self._timeout_s)
                 for future in futures:
                     future.get(timeout=0)
-                self._consumer.commit(offsets, timeout_ms=int(COMMIT_TIMEOUT_S * 1000))
+                self._consumer.commit(offsets, timeout_ms=int(self._timeout_s * 1000))
+        except FencedInstanceIdError as error:
+            raise name_taken(self._config) from error
         except (AuthorizationError, UnsupportedVersionError) as error:
             raise StreamError(f"the broker refuses to be written to: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"a commit failed: {error!r}") from error
+
+    def _end_transaction(
+        self,
+        offsets: dict[TopicPartition, OffsetAndMetadata],
+        generation: Any,  # noqa: ANN401
+    ) -> None:
+        self._producer.send_offsets_to_transaction(offsets, generation)
+        self._producer.commit_transaction()
 
     def _send(self, round_: Round) -> list[Any]:
         names, send = self._config.outputs, self._producer.send
@@ -192,6 +203,10 @@ class KafkaSink:
         group = self._config.input.group
         states = [(p, s.entity, encode_snapshot(s)) for p, s in round_.snapshots]
         states += [(p, entity, None) for p, entity in round_.gone]  # type: ignore[misc]
+        numbers = {p.partition for p, _, _ in states}
+        if numbers and numbers - self._producer.partitions_for(names.state):
+            # They were added since; the next producer will know.
+            raise RetryableError(f"{names.state} has grown beyond what the producer knows")
         futures += [
             send(names.state, key=state_key(group, entity), value=value, partition=p.partition)
             for p, entity, value in states
@@ -210,11 +225,8 @@ class KafkaSink:
         self._producer = self._connect()
 
     def _discard(self) -> None:
-        try:
-            # No time to flush: what it still holds belongs to a round that will be done again.
-            self._producer.close(timeout=0)
-        except KafkaError as error:
-            _log.debug("closing a failed producer", error=repr(error))
+        # No time to flush: what it still holds belongs to a round that will be done again.
+        abandon(self._producer)
 
     def close(self) -> None:
         """Every commit has flushed already."""

@@ -8,23 +8,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import structlog
 from kafka import KafkaConsumer
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaConfigurationError, KafkaError
+from kafka.errors import (
+    AuthorizationError,
+    FencedInstanceIdError,
+    KafkaConfigurationError,
+    KafkaError,
+    LogTruncationError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 from kafka.structs import TopicPartition
 
-from stream.buffer import EntitySnapshot
+from stream.buffer import EntitySnapshot, Grid
 from stream.clients import connect
 from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
 from stream.formats import Decoded, Decoder
 from stream.records import DeadLetter, PartitionId, ReadingBatch
+from stream.topics import grow_state
 from tsdiff.history import History
 
 _log = structlog.get_logger("tsdiff.source")
@@ -37,6 +46,25 @@ POLL_MS: Final = 200
 STATE_TIMEOUT_S: Final = 60.0
 
 
+Loss = Literal["readings", "replay", "metadata", "log", "offsets", "partitions"]
+LOSSES: Final[Mapping[Loss, str]] = {
+    "readings": "readings are gone that were not processed yet; the entities of this partition "
+    "warm up again",
+    "replay": "readings are gone from which windows are rebuilt; the entities of this partition "
+    "warm up again",
+    "metadata": "commit metadata is missing, of another version or another period; this partition "
+    "begins at its committed offset, and its entities anew",
+    "log": "the partition is shorter than what was committed, as if the topic had been created "
+    "again; it begins at its start, and its entities anew",
+    "offsets": "there is state but no committed offset, as if the topic had been created again or "
+    "the group's offsets had expired; the partition begins where input.auto_offset_reset says, and "
+    "its entities anew",
+    "partitions": "a partition was added to the topic; the entities that move into it warm up "
+    "again, and go stale in the one they left",
+}
+"""What a partition cannot go on with as it was, and what is done about it."""
+
+
 @dataclass(frozen=True)
 class Resume:
     """How a partition begins."""
@@ -45,6 +73,8 @@ class Resume:
     """First offset that was not processed yet; `None` = nothing was committed."""
     metadata: CommitMetadata | None = None
     snapshots: tuple[EntitySnapshot, ...] = ()
+    lost: Loss | None = None
+    """Why not all can be rebuilt as it was at the commit."""
 
 
 @dataclass
@@ -198,20 +228,21 @@ class KafkaSource:
         config: ServiceConfig,
         channels: Sequence[str],
         decoder: Decoder,
-        period_ms: int,
+        grid: Grid,
         *,
-        counters: Sequence[int] = (),
         client_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
         self._channels = tuple(channels)
         self._decoder = decoder
-        self._period_ms = period_ms
-        self._counters = tuple(counters)
+        self._grid = grid
         self._options = dict(client_options or {})
         self._events: deque[tuple[str, list[TopicPartition]]] = deque()
         # Partitions that replay an earlier part of the log, and up to which offset.
         self._replaying: dict[TopicPartition, int] = {}
+        # The next offset of each partition, as far as we have come.
+        self._positions: dict[TopicPartition, int] = {}
+        self._partition_count = 0
         self._rewind = False
         try:
             self._consumer = connect(
@@ -236,27 +267,29 @@ class KafkaSource:
 
         Raises:
             RetryableError: the broker did not answer while a partition was being resumed.
+            StreamError: the broker does not let us read, or somebody else has our name.
 
         """
         polled = Polled()
-        fetched = self._consumer.poll(timeout_ms=POLL_MS)
+        fetched = self._fetch()
         # Taken before the events are read: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
         polled.generation = self._consumer.group_metadata()
         try:
             self._follow_group(polled)
+            self._take(fetched, polled)
         except KafkaError as error:
             self._rewind = True
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
+        return polled
+
+    def _take(self, fetched: Mapping[TopicPartition, list[Any]], polled: Polled) -> None:
         for partition, records in fetched.items():
-            if PartitionId(*partition) in polled.assigned:
-                # Fetched before we knew where to begin; where nothing was committed, here.
-                if polled.assigned[PartitionId(*partition)].next_offset is None:
-                    self._consumer.seek(partition, records[0].offset)
-                continue
-            if PartitionId(*partition) in polled.revoked:
+            # What was fetched before we knew where to begin is not ours to use.
+            if PartitionId(*partition) in polled.assigned.keys() | polled.revoked:
                 continue
             polled.batches.append(self._decode(partition, records))
+            self._positions[partition] = records[-1].offset + 1
             if records[-1].offset + 1 >= self._replaying.get(partition, 0):
                 self._replaying.pop(partition, None)
         for partition, until in list(self._replaying.items()):
@@ -264,8 +297,26 @@ class KafkaSource:
             # Once more for a partition in `fetched` would be a second batch of it in this poll.
             if partition not in fetched and self._consumer.position(partition) >= until:
                 del self._replaying[partition]
+                self._positions[partition] = until
                 polled.batches.append(self._decode(partition, [], until))
-        return polled
+
+    def _fetch(self) -> dict[TopicPartition, list[Any]]:
+        try:
+            fetched: dict[TopicPartition, list[Any]] = self._consumer.poll(timeout_ms=POLL_MS)
+        except FencedInstanceIdError as error:
+            raise name_taken(self._config) from error
+        except AuthorizationError as error:
+            raise StreamError(f"the broker refuses to be read from: {error}") from error
+        except NoOffsetForPartitionError:
+            return {}  # newly assigned; `_resume_all` says where to begin
+        except (OffsetOutOfRangeError, LogTruncationError) as error:
+            # Retention was quicker than we, or the topic is another one by now.
+            _log.warning("reading on is not possible; going back to the commit", error=str(error))
+            self._rewind = True
+            return {}
+        except KafkaError as error:
+            raise RetryableError(f"fetching failed: {error!r}") from error
+        return fetched
 
     def _follow_group(self, polled: Polled) -> None:
         assigned: set[TopicPartition] = set()
@@ -279,47 +330,75 @@ class KafkaSource:
                 assigned -= set(partitions)
                 for partition in partitions:
                     self._replaying.pop(partition, None)
+                    self._positions.pop(partition, None)
             else:
                 assigned |= set(partitions)
         assigned &= set(self._consumer.assignment())
-        if not assigned:
-            return
-        snapshots = read_snapshots(self._config, sorted(assigned), self._options)
-        for partition in sorted(assigned):
-            resume = self._resume(partition, snapshots[partition.partition])
+        if assigned:
+            self._resume_all(sorted(assigned), polled)
+
+    def _resume_all(self, partitions: list[TopicPartition], polled: Polled) -> None:
+        known = len(self._consumer.partitions_for_topic(self._config.input.topic) or ())
+        before, self._partition_count = self._partition_count or known, known
+        if known > before:
+            grow_state(self._config, known, self._options)
+        # Offsets first: those are of transactions that have ended. State read before them could
+        # be older than what they say.
+        committed = {p: self._committed(p) for p in partitions}
+        metadata = {
+            p: CommitMetadata.decode((c and c.metadata) or "") for p, c in committed.items()
+        }
+        snapshots = read_snapshots(
+            self._config,
+            {
+                p.partition: None if m is None else self._grid.last_scored(m.watermark_ms)
+                for p, m in metadata.items()
+            },
+            self._options,
+        )
+        begins = self._consumer.beginning_offsets(partitions)
+        ends = self._consumer.end_offsets(partitions)
+        for partition in partitions:
+            start, resume = where_to_resume(
+                None if (c := committed[partition]) is None else c.offset,
+                metadata[partition],
+                tuple(snapshots[partition.partition]),
+                begin=begins[partition],
+                end=ends[partition],
+                period_ms=self._grid.period_ms,
+                latest=self._config.input.auto_offset_reset == "latest",
+            )
+            if resume == Resume() and partition.partition >= before:
+                # From its first reading on, whatever is set: nobody could have read it before.
+                start, resume = begins[partition], Resume(lost="partitions")
+            self._begin(partition, start, resume)
             polled.assigned[PartitionId(*partition)] = resume
 
-    def _resume(self, partition: TopicPartition, snapshots: list[EntitySnapshot]) -> Resume:
-        committed = self._consumer.committed(partition, metadata=True, timeout_ms=30_000)
-        if committed is None or committed.offset < 0:
-            _log.info("partition assigned", partition=partition.partition, committed=None)
-            return Resume()
-        metadata = CommitMetadata.decode(committed.metadata or "")
-        if metadata is None or metadata.period_ms != self._period_ms:
-            _log.warning(
-                "commit metadata is missing, of another version or another period: the entities "
-                "of this partition warm up again",
-                topic=partition.topic,
-                partition=partition.partition,
-                offset=committed.offset,
-            )
-            self._consumer.seek(partition, committed.offset)
-            return Resume(committed.offset)
-        self._consumer.seek(partition, metadata.replay_offset)
-        self._replaying[partition] = committed.offset
-        _log.info(
-            "partition assigned",
-            partition=partition.partition,
-            committed=committed.offset,
-            replay_from=metadata.replay_offset,
-            entities=len(snapshots),
-        )
-        return Resume(committed.offset, metadata, tuple(snapshots))
+    def _committed(self, partition: TopicPartition) -> Any:  # noqa: ANN401
+        found = self._consumer.committed(partition, metadata=True, timeout_ms=30_000)
+        return None if found is None or found.offset < 0 else found
+
+    def _begin(self, partition: TopicPartition, start: int, resume: Resume) -> None:
+        self._consumer.seek(partition, start)
+        self._positions[partition] = start
+        self._replaying.pop(partition, None)
+        if resume.metadata is not None and resume.next_offset is not None:
+            self._replaying[partition] = resume.next_offset
+        where = {
+            "topic": partition.topic,
+            "partition": partition.partition,
+            "committed": resume.next_offset,
+            "replay_from": start,
+            "entities": len(resume.snapshots),
+        }
+        if resume.lost is not None:
+            _log.warning(LOSSES[resume.lost], reason=resume.lost, **where)
+        _log.info("partition assigned", **where)
 
     def _decode(
         self, partition: TopicPartition, records: Sequence[Any], next_offset: int | None = None
     ) -> ReadingBatch:
-        columns = Columns(self._channels, self._counters)
+        columns = Columns(self._channels, self._grid.counters)
         letters = []
         for record in records:
             try:
@@ -357,6 +436,7 @@ class KafkaSource:
             dead_letters=tuple(letters),
             unknown_channels=columns.unknown_channels,
             counters=columns.counters(),
+            unkeyed=sum(r.key is None for r in records) if self._partition_count > 1 else 0,
             received_at=records[0].timestamp / 1000 if records else 0.0,
         )
 
@@ -389,16 +469,51 @@ class KafkaSource:
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""
-        lag = {}
-        for partition in self._consumer.assignment():
-            end = self._consumer.highwater(partition)
-            if end is not None and partition not in self._replaying:
-                lag[PartitionId(*partition)] = max(0, end - self._consumer.position(partition))
-        return lag
+        ends = {p: self._consumer.highwater(p) for p in self._positions.keys() - self._replaying}
+        return {
+            PartitionId(*p): max(0, end - self._positions[p])
+            for p, end in ends.items()
+            if end is not None
+        }
 
     def close(self) -> None:
         """Leave the group at once, so that the others take over without waiting."""
         self._consumer.close(autocommit=False, timeout_ms=10_000)
+
+
+def where_to_resume(
+    committed: int | None,
+    metadata: CommitMetadata | None,
+    snapshots: tuple[EntitySnapshot, ...],
+    *,
+    begin: int,
+    end: int,
+    period_ms: int,
+    latest: bool,
+) -> tuple[int, Resume]:
+    """From which offset to read a partition that now holds [begin, end), and how to take it."""
+    lost: Loss | None
+    if committed is None:
+        lost = "offsets" if snapshots else None
+        return end if latest else begin, Resume(snapshots=snapshots, lost=lost)
+    if committed > end:
+        return begin, Resume(begin, snapshots=snapshots, lost="log")
+    next_offset = max(committed, begin)
+    if metadata is None or metadata.period_ms != period_ms:
+        return next_offset, Resume(next_offset, snapshots=snapshots, lost="metadata")
+    lost = None
+    if begin > metadata.replay_offset:
+        lost = "readings" if begin > committed else "replay"
+    return max(metadata.replay_offset, begin), Resume(next_offset, metadata, snapshots, lost)
+
+
+def name_taken(config: ServiceConfig) -> StreamError:
+    """What to say when the broker has given our place in the group to a namesake."""
+    return StreamError(
+        f"expected to be the only service of group {config.input.group} with input.instance_id "
+        f"{config.input.instance_id}, another one has begun with that name since; give each "
+        "running service its own"
+    )
 
 
 def state_key(group: str, entity: str) -> bytes:
@@ -408,17 +523,22 @@ def state_key(group: str, entity: str) -> bytes:
 
 def read_snapshots(
     config: ServiceConfig,
-    partitions: Sequence[TopicPartition],
+    wanted: Mapping[int, int | None],
     client_options: Mapping[str, Any],
 ) -> dict[int, list[EntitySnapshot]]:
-    """Read the state topic's partitions that belong to these input partitions, to their ends.
+    """Read state partitions to their ends: of each entity the newest snapshot.
+
+    `wanted` says of each partition which slot was scored last (None: unknown). Snapshots of later
+    slots are passed over: a service that wrote them without a transaction, at-least-once, died
+    before it committed, or it was set back by hand. So are older ones that such a service wrote
+    late.
 
     Raises:
         RetryableError: the end was not reached in time.
 
     """
-    wanted = [TopicPartition(config.outputs.state, p.partition) for p in partitions]
-    latest: dict[int, dict[bytes, EntitySnapshot]] = {p.partition: {} for p in partitions}
+    partitions = [TopicPartition(config.outputs.state, number) for number in wanted]
+    latest: dict[int, dict[bytes, EntitySnapshot]] = {number: {} for number in wanted}
     prefix = state_key(config.input.group, "")
     options = {
         **config.input.client_kwargs(),
@@ -429,23 +549,43 @@ def read_snapshots(
     # The very end, not the last stable offset: a transaction of the previous owner whose offsets
     # we have already seen committed may still lack its marker here.
     with connect(KafkaConsumer, **options) as plain:
-        ends = plain.end_offsets(wanted)
+        there = plain.partitions_for_topic(config.outputs.state) or set()
+        if missing := wanted.keys() - there:
+            raise RetryableError(
+                f"{config.outputs.state} has no partition {min(missing)} yet; waiting for it"
+            )
+        ends = plain.end_offsets(partitions)
     with connect(KafkaConsumer, **options, isolation_level="read_committed") as consumer:
-        consumer.assign(wanted)
-        consumer.seek_to_beginning(*wanted)
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
         deadline = time.monotonic() + STATE_TIMEOUT_S
-        while any(consumer.position(p) < ends[p] for p in wanted):
+        while any(consumer.position(p) < ends[p] for p in partitions):
             if time.monotonic() > deadline:
                 raise RetryableError(
                     f"the end of {config.outputs.state} was not reached in {STATE_TIMEOUT_S:.0f} s"
                 )
             for partition, records in consumer.poll(timeout_ms=POLL_MS).items():
-                found = latest[partition.partition]
+                number = partition.partition
                 for record in records:
-                    if record.key is None or not record.key.startswith(prefix):
-                        continue
-                    found.pop(record.key, None)
-                    snapshot = None if record.value is None else decode_snapshot(record.value)
-                    if snapshot is not None:
-                        found[record.key] = snapshot
-    return {partition: list(found.values()) for partition, found in latest.items()}
+                    if record.key is not None and record.key.startswith(prefix):
+                        _keep_newest(latest[number], record, wanted[number])
+    return {number: list(found.values()) for number, found in latest.items()}
+
+
+def _keep_newest(
+    found: dict[bytes, EntitySnapshot],
+    record: Any,  # noqa: ANN401 - kafka-python is untyped
+    last: int | None,
+) -> None:
+    if record.value is None:
+        found.pop(record.key, None)
+        return
+    snapshot = decode_snapshot(record.value)
+    if snapshot is None:
+        found.pop(record.key, None)
+        return
+    if last is not None and snapshot.slot > last:
+        return
+    before = found.get(record.key)
+    if before is None or last is None or snapshot.slot >= before.slot:
+        found[record.key] = snapshot

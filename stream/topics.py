@@ -6,7 +6,7 @@ from typing import Any, Final
 import structlog
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import InvalidPartitionsError, KafkaError, TopicAlreadyExistsError
 
 from stream.clients import connect
 from stream.config import ServiceConfig
@@ -127,10 +127,36 @@ def _ensure_outputs(admin: KafkaAdminClient, config: ServiceConfig, partitions: 
         except TopicAlreadyExistsError:
             continue  # another worker was quicker
     admin.wait_for_topics(sorted(wanted))
-    if (partition_count(admin, names.state) or 0) < partitions:
+    _grow_state(admin, config, partitions)
+
+
+def _grow_state(admin: KafkaAdminClient, config: ServiceConfig, partitions: int) -> None:
+    name = config.outputs.state
+    if (partition_count(admin, name) or 0) < partitions:
         # State partition i belongs to input partition i.
-        admin.create_partitions({names.state: partitions})
-        _log.info("state topic grown to the input's partitions", partitions=partitions)
+        try:
+            admin.create_partitions({name: partitions})
+        except InvalidPartitionsError:
+            return  # another worker was quicker
+        _log.info("state topic grown to the input's partitions", topic=name, partitions=partitions)
+
+
+def grow_state(
+    config: ServiceConfig, partitions: int, client_options: Mapping[str, Any] | None = None
+) -> None:
+    """Give the state topic as many partitions as the input has now.
+
+    Raises:
+        KafkaError: the broker did not do it.
+        RetryableError: no broker answers.
+
+    """
+    admin = connect_admin(config, client_options or {})
+    try:
+        _grow_state(admin, config, partitions)
+        admin.wait_for_topics([config.outputs.state])
+    finally:
+        admin.close()
 
 
 def _largest_dead_letter(admin: KafkaAdminClient, config: ServiceConfig) -> int:

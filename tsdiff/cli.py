@@ -49,6 +49,8 @@ COMMANDS: dict[str, Command] = {
     "run": Command("stream.cli", "run", "Score a Kafka topic live."),
     "backfill": Command("stream.cli", "backfill", "Score history into a Parquet file."),
     "replay": Command("stream.cli", "replay", "Send history to a Kafka topic."),
+    "doctor": Command("stream.cli", "doctor", "Try everything before it is needed."),
+    "rekey": Command("stream.cli", "rekey", "Key a topic's messages by entity, in another topic."),
     "evaluate": Command(
         "train.evaluate_cli", "evaluate", "Compare detectors on labelled data.", "eval"
     ),

@@ -20,7 +20,7 @@ from stream.compose import load_model
 from stream.config import load_config
 from tests.conftest import MakeTopic
 from tests.stream.conftest import SmallBundle
-from tests.stream.workers import Deployment, Scores, deployment, wait_until
+from tests.stream.workers import Deployment, Scores, deployment, difference, wait_until
 from tsdiff.detector import HISTORY_SHAPES
 
 pytestmark = pytest.mark.timeout(240)
@@ -53,22 +53,7 @@ def assert_same(live: Scores, reference: Scores) -> None:
     """Same entities, slots and states; scores, p and channels equal to float32's rounding."""
     assert live.keys() == reference.keys()
     for key, expected in reference.items():
-        score = live[key]
-        assert score["state"] == expected["state"], key
-        assert score["model"] == expected["model"]
-        assert score["imputed_ratio"] == pytest.approx(expected["imputed_ratio"])
-        # Float32 rounds differently in batches of other shapes; it shows most where nothing is
-        # unusual, where held-out streams are dense and p is around a half.
-        for name, grain in (("anomaly_score", 5e-5), ("p_value", 2e-4)):
-            assert score[name] == pytest.approx(expected[name], abs=grain), (key, name)
-        channels = dict(expected["channels"])
-        assert score["channels"].keys() == channels.keys() or score["state"] == "ok"
-        for name in score["channels"].keys() & channels.keys():
-            for field, value in score["channels"][name].items():
-                wanted = channels[name][field]
-                if wanted is not None:
-                    wanted = pytest.approx(wanted, rel=1e-4, abs=1e-4)
-                assert value == wanted, (key, name, field)
+        assert not difference(live[key], expected), (key, difference(live[key], expected))
 
 
 def test_live_and_backfill_say_the_same(
@@ -162,6 +147,21 @@ def test_a_broker_that_goes_away_and_comes_back(
             assert_same(deployed.read_scores(), reference)
     finally:
         broker.stop()
+
+
+def test_the_older_of_two_services_with_one_name_ends_and_says_why(
+    deployed: Deployment, small_bundle: SmallBundle
+) -> None:
+    first = deployed.start(input__instance_id="pod-0")
+    first.wait_for("partition assigned")
+    second = deployed.start(input__instance_id="pod-0")
+    second.wait_for("partition assigned")
+    # It learns of it when it has something to commit.
+    deployed.send(small_bundle.live, small_bundle.period_ms)
+    assert first.process.wait(60) == 1
+    assert "expected to be the only service of group" in first.log.read_text()
+    assert "Traceback" not in first.log.read_text()
+    assert second.stop() == 0
 
 
 def admin_create(servers: str, topic: str) -> None:

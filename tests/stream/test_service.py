@@ -259,14 +259,13 @@ def test_two_partitions_recover_each_from_its_own_commit() -> None:
     assert len(sink.scores) == 2 * len(undisturbed()[0].scores)
 
 
-def test_snapshots_that_do_not_fit_are_left_out() -> None:
+def test_snapshots_of_another_model_are_left_out() -> None:
     sink = FailingSink()
     Bench(MemorySource(batches()), sink).service.run()
     (partition,) = sink.rounds[-1].positions
     resume = sink.resume(partition)
-    future = replace(resume.snapshots[0], entity="future", slot=10**6)
     other_model = replace(resume.snapshots[0], entity="other", sums=np.zeros((3, 5)))
-    resume = replace(resume, snapshots=(*resume.snapshots, future, other_model))
+    resume = replace(resume, snapshots=(*resume.snapshots, other_model))
     again = MemorySink()
     bench = Bench(MemorySource(batches(), lambda _: resume), again)
     bench.service.run()
@@ -280,6 +279,28 @@ def test_snapshots_that_do_not_fit_are_left_out() -> None:
 
 def piece(readings: list[Reading], partition: PartitionId, first_offset: int = 0) -> ReadingBatch:
     return replace(batch(readings, first_offset), partition=partition)
+
+
+def test_an_entity_in_two_partitions_is_counted() -> None:
+    mine, theirs = PartitionId("in", 0), OTHER
+    alone: list[Reading] = [("a", slot * 10, 1.0, 1.0) for slot in range(4)]
+    spread: list[Reading] = [("b", slot * 10, 1.0, 1.0) for slot in range(4)]
+    first = [piece([*alone, *spread], mine), replace(piece(spread[:2], theirs), unkeyed=2)]
+    source = ScriptedSource(
+        [
+            Polled([first[0]], assigned={mine: Resume(), theirs: Resume()}),
+            Polled([first[1]]),
+            Polled([piece([("a", 40, 1.0, 1.0), ("b", 40, 1.0, 1.0)], mine, 8)]),
+        ]
+    )
+    bench = Bench(source, MemorySink())
+    bench.step()
+    assert bench.metric("misplaced_readings_total", reason="two_partitions") == 0
+    bench.step()
+    bench.step()
+    # Two of the second partition, and from then on those of the first as well.
+    assert bench.metric("misplaced_readings_total", reason="two_partitions") == 3
+    assert bench.metric("misplaced_readings_total", reason="no_key") == 2
 
 
 def test_a_revoked_partition_is_forgotten() -> None:

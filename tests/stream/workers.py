@@ -1,6 +1,7 @@
 """The service as its users run it: a process of its own, watched through the topics it writes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -45,6 +46,13 @@ class Worker:
     def wait_for(self, event: str, seconds: float = 60.0) -> None:
         wait_until(lambda: self.said(event), f"{event!r} in the log:\n{self.log}", seconds, self)
 
+    def tail(self) -> str:
+        """What it said last."""
+        return f"\n{self.log}:\n{self.log.read_text()[-1500:]}"
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -76,27 +84,70 @@ class Reader:
     """Reads a whole topic, again and again, each time only what is new."""
 
     def __init__(self, servers: str, topic: str) -> None:
-        self.topic, self.found = topic, list[Any]()
-        self.consumer = KafkaConsumer(
-            bootstrap_servers=servers,
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
+        self.servers, self.topic = servers, topic
+        self.found: list[Any] = []
+        self._consumer: KafkaConsumer | None = None
+        self._positions: dict[TopicPartition, int] = {}
 
     def records(self) -> list[Any]:
         """Every record so far that is not of an open or aborted transaction."""
-        if not self.consumer.assignment():
-            numbers = self.consumer.partitions_for_topic(self.topic)
-            self.consumer.assign([TopicPartition(self.topic, number) for number in numbers])
-        partitions = list(self.consumer.assignment())
+        consumer = self._consumer
+        if consumer is None:
+            consumer = self._consumer = KafkaConsumer(
+                bootstrap_servers=self.servers,
+                isolation_level="read_committed",
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+            )
+        if not consumer.assignment():
+            numbers = consumer.partitions_for_topic(self.topic) or ()
+            consumer.assign([TopicPartition(self.topic, number) for number in numbers])
+            for partition, position in self._positions.items():
+                consumer.seek(partition, position)
+        partitions = list(consumer.assignment())
         if not partitions:
             return []
-        ends = self.consumer.end_offsets(partitions)  # the last stable offsets
-        while any(self.consumer.position(p) < ends[p] for p in partitions):
-            for records in self.consumer.poll(timeout_ms=500).values():
+        ends = consumer.end_offsets(partitions)  # the last stable offsets
+        while any(consumer.position(p) < ends[p] for p in partitions):
+            for records in consumer.poll(timeout_ms=500).values():
                 self.found.extend(records)
+        self._positions = {p: consumer.position(p) for p in partitions}
         return list(self.found)
+
+    def close(self) -> None:
+        """Let go of the broker; the next look goes on where this one ended."""
+        if self._consumer is not None:
+            self._consumer.close()
+            self._consumer = None
+
+
+def difference(score: Mapping[str, Any], expected: Mapping[str, Any], coarser: float = 1.0) -> str:
+    """In what a live score differs from backfill's, beyond float32's rounding; "" = in nothing.
+
+    `coarser` is how many times as far apart as usual they may be.
+    """
+    for name in ("state", "model"):
+        if score[name] != expected[name]:
+            return f"{name}: {expected[name]!r} expected, got {score[name]!r}"
+    # Float32 rounds differently in batches of other shapes; it shows most where nothing is
+    # unusual, where held-out streams are dense and p is around a half.
+    for name, grain in (("anomaly_score", 5e-5), ("p_value", 2e-4), ("imputed_ratio", 1e-6)):
+        if not _close(score[name], expected[name], rel=1e-6, grain=coarser * grain):
+            return f"{name}: {expected[name]} expected, got {score[name]}"
+    channels = dict(expected["channels"])
+    if score["channels"].keys() != channels.keys() and score["state"] != "ok":
+        return f"channels: {[*channels]} expected, got {[*score['channels']]}"
+    for name in score["channels"].keys() & channels.keys():
+        for field, value in score["channels"][name].items():
+            if not _close(value, channels[name][field], rel=coarser * 1e-4, grain=coarser * 1e-4):
+                return f"{name}.{field}: {channels[name][field]} expected, got {value}"
+    return ""
+
+
+def _close(value: float | None, wanted: float | None, *, rel: float, grain: float) -> bool:
+    if value is None or wanted is None:
+        return value is wanted
+    return math.isclose(value, wanted, rel_tol=rel, abs_tol=grain)
 
 
 class Deployment:
@@ -139,10 +190,9 @@ class Deployment:
         self.close_readers()
 
     def close_readers(self) -> None:
-        """Let go of the broker; the next look at a topic reads it from its beginning."""
+        """Let go of the broker; the next look at a topic goes on where the last one ended."""
         for reader in self.readers.values():
-            reader.consumer.close()
-        self.readers.clear()
+            reader.close()
 
     def send(self, history: History, period_ms: int) -> int:
         """Write a history to the input topic, at full speed."""

@@ -1,0 +1,369 @@
+"""What a partition that cannot go on as it was does instead, on a real broker.
+
+The service runs in this process with a model that needs no compilation; one entity, "a", sends a
+reading a slot, of which one may be late, so that of n slots all but the last two are scored.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.errors import KafkaTimeoutError
+from kafka.structs import OffsetAndMetadata, TopicPartition
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from stream.codec import CommitMetadata
+from stream.config import ServiceConfig, load_config
+from stream.errors import RetryableError
+from stream.formats.native import decode_native
+from stream.http import Health
+from stream.metrics import ServiceMetrics
+from stream.service import Service
+from stream.sinks import KafkaSink
+from stream.sources import LOSSES, KafkaSource, Resume, read_snapshots, where_to_resume
+from stream.topics import partition_count, prepare_topics
+from tests.conftest import MakeTopic
+from tests.stream.fakes import SCORING, FakeScorer
+from tests.stream.workers import Reader
+
+pytestmark = pytest.mark.timeout(120)
+SCORER = FakeScorer()
+GRID = SCORER.grid()
+WARMING = GRID.warmup_slots
+
+
+class Live:
+    """A service on a real broker, turned by hand."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self.registry = CollectorRegistry()
+        metrics = ServiceMetrics(
+            self.registry, channels=("a", "b"), max_entities=9, top_channels=1, entity_ttl_s=60
+        )
+        # Added partitions are noticed within this time, by default within five minutes.
+        options = {"metadata_max_age_ms": 1000}
+        largest = prepare_topics(config)
+        self.source = KafkaSource(
+            config, SCORER.channels, decode_native, GRID, client_options=options
+        )
+        self.sink = KafkaSink(config, self.source.consumer, largest_dead_letter=largest)
+        self.service = Service(self.source, self.sink, SCORER, GRID, SCORING, metrics, Health())
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"tsdiff_{name}_total", labels) or 0.0
+
+    def lost(self) -> dict[str, float]:
+        """Partitions that could not go on, by reason."""
+        counts = {reason: self.count("recoveries", reason=reason) for reason in LOSSES}
+        return {reason: count for reason, count in counts.items() if count}
+
+    def until(self, condition: Callable[[], bool], seconds: float = 40) -> None:
+        deadline = time.monotonic() + seconds
+        self.service.run(lambda: condition() or time.monotonic() > deadline)
+        assert condition()
+
+    def score(self, slots: int) -> None:
+        """Work until so many slots more are scored."""
+        wanted = self.count("scores") + slots
+        self.until(lambda: self.count("scores") >= wanted)
+
+    def close(self) -> None:
+        self.source.close()
+        self.sink.close()
+
+
+class Bench:
+    """A topic, a producer to it, and services one after the other."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self.servers, self.topic = servers, topic
+        self.partition = TopicPartition(topic, 0)
+        self.config = self.configured()
+        self.producer = KafkaProducer(bootstrap_servers=servers)
+        self.admin = KafkaAdminClient(bootstrap_servers=servers)
+        self.scores = Reader(servers, f"{topic}.scores")
+        self.lives: list[Live] = []
+
+    def configured(self, **delivery: Any) -> ServiceConfig:  # noqa: ANN401
+        outputs = {name: f"{self.topic}.{name}" for name in ("scores", "alerts", "state")}
+        return load_config(
+            None,
+            {
+                "model.path": "bundle",
+                "input.bootstrap_servers": self.servers,
+                "input.topic": self.topic,
+                "input.group": f"{self.topic}.group",
+                "outputs": {**outputs, "dead_letters": f"{self.topic}.dead"},
+                "delivery": {"transaction_timeout": "5s", **delivery},
+            },
+        )
+
+    def send(self, slots: range, entity: str = "a", partition: int = 0) -> None:
+        for slot in slots:
+            message = {"entity": entity, "timestamp": slot * 10, "values": {"a": 1.0, "b": 1.0}}
+            value = json.dumps(message).encode()
+            self.producer.send(self.topic, key=entity.encode(), value=value, partition=partition)
+        self.producer.flush()
+
+    def start(self) -> Live:
+        self.lives.append(Live(self.config))
+        return self.lives[-1]
+
+    def first_life(self) -> None:
+        """Slots 0 to 58 are scored and committed, 59 and 60 are open."""
+        self.send(range(61))
+        live = self.start()
+        live.score(59)
+        live.close()
+
+    def forget(self, before: int) -> None:
+        """What retention does: the log begins later."""
+        self.admin.delete_records({self.partition: before})
+
+    def commit(self, offset: int, metadata: str) -> None:
+        """Set the group to an offset, as kafka-consumer-groups does it."""
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.servers,
+            group_id=self.config.input.group,
+            enable_auto_commit=False,
+        )
+        consumer.assign([self.partition])
+        consumer.commit({self.partition: OffsetAndMetadata(offset, metadata, -1)})
+        consumer.close()
+
+    def committed(self) -> int | None:
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.servers,
+            group_id=self.config.input.group,
+            enable_auto_commit=False,
+        )
+        offset: int | None = consumer.committed(self.partition)
+        consumer.close()
+        return offset
+
+    def states(self, entity: str = "a") -> list[tuple[int, str]]:
+        """Slot and state of every score of an entity, in order."""
+        told = [json.loads(record.value) for record in self.scores.records()]
+        found = []
+        for score in told:
+            if score["entity"] == entity:
+                stamp = score["timestamp"]  # 1970-01-01T00:00:00.590Z
+                found.append((int(float(stamp[17:-1]) * 1000) // 10, score["state"]))
+        return sorted(found)
+
+    def end(self) -> None:
+        for live in self.lives:
+            live.close()
+        self.scores.close()
+        self.producer.close()
+        outputs = self.config.outputs
+        names = (outputs.scores, outputs.alerts, outputs.dead_letters, outputs.state)
+        self.admin.delete_topics(list(names), raise_errors=False)
+        self.admin.close()
+
+
+@pytest.fixture
+def bench(kafka: str, make_topic: MakeTopic) -> Iterator[Bench]:
+    made = Bench(kafka, make_topic(name="resume"))
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def slots(*states: tuple[range, str]) -> list[tuple[int, str]]:
+    return [(slot, state) for some, state in states for slot in some]
+
+
+FIRST_LIFE = [(range(WARMING), "warming"), (range(WARMING, 59), "ok")]
+
+
+def test_an_orderly_restart_loses_nothing(bench: Bench) -> None:
+    bench.first_life()
+    bench.send(range(61, 81))
+    live = bench.start()
+    live.score(20)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
+    assert not live.lost()
+
+
+def test_a_replay_offset_below_retention_warms_up_again(bench: Bench) -> None:
+    bench.first_life()
+    bench.forget(58)
+    bench.send(range(61, 81))
+    with capture_logs() as logs:
+        live = bench.start()
+        live.score(20)
+    assert bench.states() == slots(
+        *FIRST_LIFE, (range(59, 59 + WARMING), "warming"), (range(59 + WARMING, 79), "ok")
+    )
+    assert live.lost() == {"replay": 1}
+    (said,) = [entry for entry in logs if entry.get("reason") == "replay"]
+    assert said["event"] == LOSSES["replay"]
+    assert (said["log_level"], said["committed"], said["replay_from"]) == ("warning", 61, 58)
+
+
+def test_readings_below_retention_are_counted_and_every_slot_is_told(bench: Bench) -> None:
+    bench.first_life()
+    bench.send(range(61, 81))
+    bench.forget(65)
+    live = bench.start()
+    live.score(20)
+    found = bench.states()
+    assert [slot for slot, _ in found] == [*range(79)]
+    assert found[59 : 59 + WARMING] == slots((range(59, 59 + WARMING), "warming"))
+    assert dict(found)[78] == "ok"
+    assert live.lost() == {"readings": 1}
+
+
+def test_a_partition_that_loses_what_it_was_to_read_next_goes_on(bench: Bench) -> None:
+    bench.send(range(20))
+    live = bench.start()
+    live.score(18)
+    # Not so much as a moment for the service to read them.
+    bench.send(range(20, 40))
+    bench.forget(30)
+    bench.send(range(40, 60))
+    live.until(lambda: live.count("scores") >= 58)
+    assert [slot for slot, _ in bench.states()] == [*range(58)]
+    assert live.lost() == {"readings": 1}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", '{"replay_offset":40,"replay_watermark_ms":1,"watermark_ms":1,"period_ms":10,"format":0}'],
+    ids=["missing", "older version"],
+)
+def test_commit_metadata_that_says_nothing_begins_anew(bench: Bench, metadata: str) -> None:
+    bench.send(range(30, 32), entity="gone")
+    bench.send(range(61))
+    live = bench.start()
+    live.until(lambda: ("a", 58) in {("a", slot) for slot, _ in bench.states()})
+    live.close()
+    bench.commit(63, metadata)
+    bench.send(range(61, 81))
+    live = bench.start()
+    live.until(lambda: bench.states()[-1][0] == 79 - 1)
+    assert [pair for pair in bench.states() if pair[0] > 58] == slots(
+        (range(61, 61 + WARMING), "warming"), (range(61 + WARMING, 79), "ok")
+    )
+    assert live.lost() == {"metadata": 1}
+    # What was known of others is let go of: they do not come back with the next restart.
+    known = read_snapshots(bench.config, {0: None}, {})[0]
+    assert [snapshot.entity for snapshot in known] == ["a"]
+
+
+def test_a_topic_that_was_created_again_while_the_service_was_down(bench: Bench) -> None:
+    bench.first_life()
+    bench.admin.delete_topics([bench.topic])
+    bench.admin.create_topics({bench.topic: {"num_partitions": 1}}, wait_for_metadata=True)
+    # Apache Kafka forgets the group's offsets with the topic; if it had not, see below.
+    assert bench.committed() is None
+    bench.send(range(100, 121))
+    live = bench.start()
+    live.score(19)
+    assert live.lost() == {"offsets": 1}
+    assert [pair for pair in bench.states() if pair[0] > 58] == slots(
+        (range(100, 100 + WARMING), "warming"), (range(100 + WARMING, 119), "ok")
+    )
+
+
+def test_a_topic_that_is_created_again_while_the_service_runs(bench: Bench) -> None:
+    bench.send(range(61))
+    live = bench.start()
+    live.score(59)
+    bench.admin.delete_topics([bench.topic])
+    bench.admin.create_topics({bench.topic: {"num_partitions": 1}}, wait_for_metadata=True)
+    bench.producer.close()
+    bench.producer = KafkaProducer(bootstrap_servers=bench.servers)
+    bench.send(range(100, 121))
+    live.until(lambda: bool(live.lost()) and bench.states()[-1][0] == 118, 60)
+    assert live.lost().keys() <= {"offsets", "log"}
+    assert [pair for pair in bench.states() if pair[0] > 99] == slots(
+        (range(100, 100 + WARMING), "warming"), (range(100 + WARMING, 119), "ok")
+    )
+
+
+def test_a_partition_shorter_than_what_was_committed_begins_at_its_start(bench: Bench) -> None:
+    bench.first_life()
+    metadata = CommitMetadata(400, 10, 10, 10)
+    bench.commit(500, metadata.encode())
+    live = bench.start()
+    live.score(59)
+    assert live.lost() == {"log": 1}
+    assert bench.states() == sorted(2 * slots(*FIRST_LIFE))
+
+
+def test_added_partitions_are_taken_while_the_service_runs(bench: Bench) -> None:
+    bench.send(range(61))
+    live = bench.start()
+    live.score(59)
+    bench.admin.create_partitions({bench.topic: 2})
+    bench.admin.wait_for_topics([bench.topic])
+    bench.producer.close()
+    bench.producer = KafkaProducer(bootstrap_servers=bench.servers)
+    bench.send(range(61, 81), entity="b", partition=1)
+    live.until(lambda: len(bench.states("b")) >= 18, 60)
+    assert live.lost() == {"partitions": 1}
+    assert partition_count(bench.admin, bench.config.outputs.state) == 2
+    assert bench.states("b")[:3] == slots((range(61, 63), "warming"), (range(63, 64), "ok"))
+
+
+def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_over(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.config = bench.configured(mode="at-least-once")
+    bench.first_life()
+    bench.send(range(61, 81))
+    live = bench.start()
+
+    def fail(*_: object, **__: object) -> None:
+        raise KafkaTimeoutError("the broker is gone between the flush and the commit")
+
+    monkeypatch.setattr(live.source.consumer, "commit", fail)
+    with pytest.raises(RetryableError, match="between the flush"):
+        while True:
+            live.service.step()
+    live.close()
+    live = bench.start()
+    live.score(20)
+    found = bench.states()
+    assert len(found) == 79 + 20  # the round that was not committed is there twice
+    assert sorted(set(found)) == slots(*FIRST_LIFE, (range(59, 79), "ok"))
+    assert not live.lost()
+
+
+METADATA = CommitMetadata(replay_offset=40, replay_watermark_ms=1, watermark_ms=2, period_ms=10)
+
+
+@pytest.mark.parametrize(
+    ("committed", "metadata", "log", "start", "resume"),
+    [
+        (None, None, (5, 90), 5, Resume()),
+        (60, METADATA, (0, 90), 40, Resume(60, METADATA)),
+        (60, METADATA, (40, 60), 40, Resume(60, METADATA)),
+        (60, METADATA, (41, 90), 41, Resume(60, METADATA, lost="replay")),
+        (60, METADATA, (60, 90), 60, Resume(60, METADATA, lost="replay")),
+        (60, METADATA, (61, 90), 61, Resume(61, METADATA, lost="readings")),
+        (60, METADATA, (0, 59), 0, Resume(0, lost="log")),
+        (60, None, (0, 90), 60, Resume(60, lost="metadata")),
+        (60, None, (70, 90), 70, Resume(70, lost="metadata")),
+        (60, CommitMetadata(40, 1, 2, 99), (0, 90), 60, Resume(60, lost="metadata")),
+    ],
+)
+def test_where_a_partition_is_resumed(
+    committed: int | None,
+    metadata: CommitMetadata | None,
+    log: tuple[int, int],
+    start: int,
+    resume: Resume,
+) -> None:
+    begin, end = log
+    found = where_to_resume(
+        committed, metadata, (), begin=begin, end=end, period_ms=10, latest=False
+    )
+    assert found == (start, resume)
