@@ -37,11 +37,18 @@ def _warn(text: str) -> None:
 
 def _overrides(settings: list[str]) -> dict[str, Any]:
     """Read `--set section.key=value` pairs."""
+    from stream.config import SECRETS  # noqa: PLC0415
+
     pairs = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected --set section.key=value, got {setting!r}")
+        if key.strip() in SECRETS:
+            raise ConfigError(
+                f"expected {key.strip()} from the environment or from {key.strip()}_file: what is "
+                "on a command line is seen by all users of the machine"
+            )
         pairs[key.strip()] = value.strip()
     return pairs
 

@@ -19,12 +19,13 @@ from stream.codec import DECODERS
 from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
-from stream.http import Health, MetricsServer
+from stream.http import Guard, Health, MetricsServer
 from stream.metrics import ServiceMetrics
 from stream.scoring import ScoringConfig
 from stream.service import Service
 from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
+from stream.tls import server_context
 from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
@@ -149,6 +150,23 @@ def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
     )
 
 
+def guard_of(config: ServiceConfig) -> Guard:
+    """Who may ask the metrics port.
+
+    Raises:
+        ConfigError: a certificate or key cannot be used.
+
+    """
+    metrics, tls = config.metrics, None
+    if metrics.tls_certfile is not None and metrics.tls_keyfile is not None:
+        tls = server_context(
+            "metrics", metrics.tls_certfile, metrics.tls_keyfile, metrics.tls_client_cafile
+        )
+    if metrics.username is None or metrics.password is None:
+        return Guard(tls)
+    return Guard(tls, metrics.username, metrics.password.get_secret_value())
+
+
 class Stop:
     """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for."""
 
@@ -194,8 +212,11 @@ def run_service(
 
     Raises:
         StreamError: the settings or the broker's rights do not allow it.
+        ConfigError: the settings do not fit the model, or a file they name cannot be used.
 
     """
+    # Before the minutes of compiling: certificates that cannot be read.
+    config.input.client_kwargs()
     grid = grid_of(model, config)
     metrics = ServiceMetrics(
         registry,
@@ -246,8 +267,15 @@ def _listening(config: ServiceConfig, registry: CollectorRegistry, health: Healt
     if not config.metrics.listen:
         yield ""
         return
-    with MetricsServer(config.metrics.listen, registry, health) as server:
+    with MetricsServer(config.metrics.listen, registry, health, guard_of(config)) as server:
         _log.info("metrics", url=server.url)
+        if server.exposed:
+            _log.warning(
+                "the metrics port names every entity to whoever asks: other machines reach it, and "
+                "it asks for no password (metrics.username) and no certificate "
+                "(metrics.tls_client_cafile)",
+                listen=config.metrics.listen,
+            )
         yield server.url
 
 
