@@ -72,7 +72,8 @@ def run(
 ) -> None:
     """Watch a Kafka topic: score every entity, tell Prometheus and Kafka, until stopped.
 
-    SIGTERM and Ctrl-C finish what was begun, commit it and leave the consumer group.
+    SIGTERM and Ctrl-C finish what was begun, commit it and leave the consumer group. SIGHUP reads
+    the settings and the bundle again.
 
     Examples:
 
@@ -90,11 +91,18 @@ def run(
     loaded = load_config(config, _overrides(settings or []))
     from stream.compose import Stop, load_model, run_service  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
+    from stream.reload import Wish  # noqa: PLC0415
 
     configure_logging(loaded.log.level, loaded.log.format)
-    stop = Stop()
-    with stop.on_signals():
-        run_service(loaded, load_model(loaded.model.path, detect=loaded.detect), stop)
+    stop, wish = Stop(), Wish()
+    with stop.on_signals(), wish.on_signal():
+        run_service(
+            loaded,
+            load_model(loaded.model.path, detect=loaded.detect),
+            stop,
+            wish=wish,
+            read=lambda: load_config(config, _overrides(settings or [])),
+        )
 
 
 def backfill(

@@ -538,6 +538,12 @@ class MetricsSection(_Section):
         default=None, description="File that holds the password of the metrics port"
     )
 
+    reload: bool = Field(
+        default=False,
+        description="Whether a POST to /-/reload reads the settings and the bundle again, as "
+        "SIGHUP always does; off, since whoever reaches the port could ask for it",
+    )
+
     @model_validator(mode="after")
     def _guarded(self) -> Self:
         if self.password is not None and self.password_file is not None:

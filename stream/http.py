@@ -4,7 +4,7 @@
 /metrics     Prometheus text or OpenMetrics, as the client accepts; gzip where it may
 /-/healthy   200 while the loop goes round, else 503 and why
 /-/ready     200 once assigned, primed and compiled, else 503 and why
-/-/reload    not enabled: the settings are read once, at the start
+/-/reload    POST reads the settings and the bundle again, where that is enabled
 
 Where a user or a client certificate is asked for, all of these ask for it.
 """
@@ -43,7 +43,8 @@ _INDEX = """tsdiff
 /-/healthy  200 while the service works or waits for readings
 /-/ready    200 once it has partitions, their recent past and a compiled model
 """
-_NO_RELOAD = "reloading is not enabled; restart the service to read its settings again\n"
+_NO_RELOAD = "reloading is not enabled; set metrics.reload, or send SIGHUP\n"
+_RELOADING = "asked for; tsdiff_config_last_reload_successful and the log tell how it went\n"
 
 
 class Health:
@@ -136,6 +137,7 @@ class MetricsServer:
         registry: what /metrics shows.
         health: what /-/healthy and /-/ready show.
         guard: who is answered.
+        reload: what a POST to /-/reload calls; None where that is not enabled.
 
     Raises:
         ConfigError: `listen` is not of that form.
@@ -149,10 +151,12 @@ class MetricsServer:
         registry: CollectorRegistry,
         health: Health,
         guard: Guard | None = None,
+        reload: Callable[[], None] | None = None,
     ) -> None:
         host, port = parse_listen(listen)
         self._guard = guard or Guard()
         handler = type("_BoundHandler", (_Handler,), {"health": health, "guard": self._guard})
+        handler.reload = staticmethod(reload) if reload else None  # type: ignore[attr-defined]
         handler.metrics = staticmethod(make_wsgi_app(registry))  # type: ignore[attr-defined]
         try:
             family, _, _, _, address = socket.getaddrinfo(
@@ -247,6 +251,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     health: Health
     guard: Guard
+    reload: Callable[[], None] | None
     metrics: Callable[..., list[bytes]]
     timeout = _SOCKET_TIMEOUT_S
     server_version = "tsdiff"
@@ -263,7 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/-/ready":
             self._answer_state("ready", self.health.unready())
         elif path == "/-/reload":
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, _NO_RELOAD)
+            text = _NO_RELOAD if self.reload is None else "expected POST\n"
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text)
         elif path == "/":
             self._answer(HTTPStatus.OK, _INDEX)
         else:
@@ -275,7 +281,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._admitted():
             return
         if urlsplit(self.path).path == "/-/reload":
-            self._answer(HTTPStatus.NOT_FOUND, _NO_RELOAD)
+            if self.reload is None:
+                self._answer(HTTPStatus.NOT_FOUND, _NO_RELOAD)
+            else:
+                self.reload()
+                self._answer(HTTPStatus.ACCEPTED, _RELOADING)
         else:
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET\n")
 
@@ -314,7 +324,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: HTTPStatus, text: str) -> None:
         headers = [("Content-Type", _TEXT)]
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers.append(("Allow", "" if "reload" in self.path else "GET, HEAD"))
+            reload = "POST" if self.reload is not None else ""
+            headers.append(("Allow", reload if "reload" in self.path else "GET, HEAD"))
         elif status == HTTPStatus.UNAUTHORIZED:
             headers.append(("WWW-Authenticate", 'Basic realm="tsdiff", charset="UTF-8"'))
         self._send(status, headers, text.encode())

@@ -147,6 +147,26 @@ def test_reload_is_not_enabled(server: MetricsServer) -> None:
         assert b"reloading is not enabled" in body
 
 
+def test_a_reload_is_asked_for_where_it_is_enabled(
+    registry: CollectorRegistry, health: Health
+) -> None:
+    asked: list[bool] = []
+    with MetricsServer(
+        "127.0.0.1:0", registry, health, reload=lambda: asked.append(True)
+    ) as server:
+        status, headers, _ = ask(server, "/-/reload")
+        assert (status, headers["Allow"], asked) == (405, "POST", [])
+        status, _, body = ask(server, "/-/reload", "POST")
+        assert (status, asked) == (202, [True])
+        assert b"tsdiff_config_last_reload_successful" in body
+    guard = Guard(user="u", password=WORD)
+    with MetricsServer(
+        "127.0.0.1:0", registry, health, guard, lambda: asked.append(True)
+    ) as server:
+        assert ask(server, "/-/reload", "POST")[0] == 401
+    assert asked == [True]
+
+
 def test_the_index_names_the_pages_and_nothing_else_is_there(server: MetricsServer) -> None:
     status, headers, body = ask(server, "/")
     assert status == 200

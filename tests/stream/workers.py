@@ -28,9 +28,11 @@ class Worker:
         log: Path,
         settings: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
+        config: Path | None = None,
     ) -> None:
         self.log = log
-        arguments = [f"--set={key}={value}" for key, value in settings.items()]
+        arguments = [] if config is None else [f"--config={config}"]
+        arguments += [f"--set={key}={value}" for key, value in settings.items()]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tsdiff.cli", "run", *arguments],
@@ -113,6 +115,7 @@ class Deployment:
         self.dead_letters = f"{topic}.dead"
         self.workers: list[Worker] = []
         self.environment: dict[str, str] = {}
+        self.config: Path | None = None
         self.readers: dict[str, Reader] = {}
         self.settings: dict[str, Any] = {
             "model.path": bundle,
@@ -134,7 +137,7 @@ class Deployment:
         """Start one more worker; `input__topic=x` overrides `input.topic`."""
         changed = {key.replace("__", "."): value for key, value in settings.items()}
         log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = Worker(log, {**self.settings, **changed}, self.environment)
+        worker = Worker(log, {**self.settings, **changed}, self.environment, self.config)
         self.workers.append(worker)
         return worker
 
