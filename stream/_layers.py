@@ -101,6 +101,11 @@ def _yaml_lines(node: yaml.Node | None, prefix: Key) -> Iterator[tuple[Key, int]
         yield from _yaml_lines(value_node, key)
 
 
+def secret_keys(settings: type[BaseSettings]) -> set[str]:
+    """Dotted keys whose values are secret."""
+    return {".".join(key) for key in _leaves(settings, ()) if _secret(settings, key)}
+
+
 def environment_layer(settings: type[BaseSettings]) -> Layer:
     """Read the environment variables named TSDIFF_SECTION__KEY."""
     prefix = str(settings.model_config.get("env_prefix", ""))

@@ -37,11 +37,18 @@ def _warn(text: str) -> None:
 
 def _overrides(settings: list[str]) -> dict[str, Any]:
     """Read `--set section.key=value` pairs."""
+    from stream.config import SECRETS  # noqa: PLC0415
+
     pairs = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise ConfigError(f"expected --set section.key=value, got {setting!r}")
+        if key.strip() in SECRETS:
+            raise ConfigError(
+                f"expected {key.strip()} from the environment or from {key.strip()}_file: what is "
+                "on a command line is seen by all users of the machine"
+            )
         pairs[key.strip()] = value.strip()
     return pairs
 
@@ -65,7 +72,8 @@ def run(
 ) -> None:
     """Watch a Kafka topic: score every entity, tell Prometheus and Kafka, until stopped.
 
-    SIGTERM and Ctrl-C finish what was begun, commit it and leave the consumer group.
+    SIGTERM and Ctrl-C finish what was begun, commit it and leave the consumer group. SIGHUP reads
+    the settings and the bundle again.
 
     Examples:
 
@@ -83,11 +91,18 @@ def run(
     loaded = load_config(config, _overrides(settings or []))
     from stream.compose import Stop, load_model, run_service  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
+    from stream.reload import Wish  # noqa: PLC0415
 
     configure_logging(loaded.log.level, loaded.log.format)
-    stop = Stop()
-    with stop.on_signals():
-        run_service(loaded, load_model(loaded.model.path, detect=loaded.detect), stop)
+    stop, wish = Stop(), Wish()
+    with stop.on_signals(), wish.on_signal():
+        run_service(
+            loaded,
+            load_model(loaded.model.path, detect=loaded.detect),
+            stop,
+            wish=wish,
+            read=lambda: load_config(config, _overrides(settings or [])),
+        )
 
 
 def backfill(

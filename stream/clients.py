@@ -1,10 +1,72 @@
 """kafka-python's clients, made so that nothing of them is left when they cannot connect."""
 
+import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import (
+    IllegalSaslStateError,
+    KafkaConfigurationError,
+    KafkaError,
+    KafkaTimeoutError,
+    RequestTimedOutError,
+    SaslAuthenticationFailedError,
+    UnsupportedSaslMechanismError,
+)
+from kafka.net.compat import KafkaNetClient
+from kafka.net.manager import KafkaConnectionManager
+from kafka.net.selector import NetworkSelector
+
+from stream.errors import StreamError
+
+# What trying again does not change: OpenSSL's names for certificates that are missing or not
+# trusted.
+_HOPELESS: Final = re.compile(r"CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE")
+
+
+class _Manager(KafkaConnectionManager):  # type: ignore[misc]
+    """Remembers why the last connection failed; kafka-python itself says "timed out" at the end."""
+
+    reason: BaseException | None = None
+
+    def get_connection(self, node_id: Any, **options: Any) -> Any:  # noqa: ANN401
+        connection = super().get_connection(node_id, **options)
+        connection.init_future.add_errback(self._remember)
+        connection.close_future.add_errback(self._remember)
+        return connection
+
+    def _remember(self, reason: BaseException) -> None:
+        vague = isinstance(reason, KafkaTimeoutError | RequestTimedOutError)
+        if self.reason is None or not (vague or _hopeless(self.reason)):
+            self.reason = reason
+
+    async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:  # noqa: ANN401
+        transport = await super()._build_transport(node, timeout_at)
+        receive = transport._sock_recv
+
+        def receive_all() -> tuple[bytes, Exception | None]:
+            # A broker says what is wrong with a password and hangs up; kafka-python 3.0.12 forgets
+            # bytes that come together with the end. The end comes again at the next look.
+            data, error = receive()
+            return data, None if data else error
+
+        transport._sock_recv = receive_all
+        return transport
+
+
+class _Client(KafkaNetClient):  # type: ignore[misc]
+    """kafka-python's own, with that manager."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        net = NetworkSelector(**options)
+        self.manager = _Manager(net, **options)
+        super().__init__(net, self.manager)
+
+
+def _hopeless(reason: BaseException | None) -> bool:
+    refused = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError, IllegalSaslStateError)
+    return isinstance(reason, refused) or _HOPELESS.search(repr(reason)) is not None
 
 
 def connect(client: Any, **settings: Any) -> Any:  # noqa: ANN401 - kafka-python is untyped
@@ -12,19 +74,34 @@ def connect(client: Any, **settings: Any) -> Any:  # noqa: ANN401 - kafka-python
 
     A constructor of kafka-python that raises leaves its thread and four file descriptors behind;
     a service that waits for its broker would run out of them within the hour.
-    """
-    begun: list[Any] = []
-    make_net: Callable[..., Any] = client.DEFAULT_CONFIG["kafka_client"]
 
-    def remember(**options: Any) -> Any:  # noqa: ANN401
-        begun.append(make_net(**options))
+    Raises:
+        StreamError: the brokers do not let us in: to try again would change nothing.
+        KafkaError: whatever else kept it from connecting, with the reason where one is known.
+
+    """
+    begun: list[_Client] = []
+
+    def remember(**options: Any) -> _Client:  # noqa: ANN401
+        begun.append(_Client(**options))
         return begun[-1]
 
     try:
         return client(**settings, kafka_client=remember)
-    except BaseException:
-        for net in begun:
-            net.close()
+    except BaseException as error:
+        for made in begun:
+            made.close()
+        reason = begun[0].manager.reason if begun else None
+        if not isinstance(error, KafkaError) or isinstance(error, KafkaConfigurationError):
+            raise
+        if _hopeless(reason):
+            servers = ",".join(settings["bootstrap_servers"])
+            raise StreamError(
+                f"the brokers at {servers} do not let us in: {_in_words(reason)}; "
+                "see input.security"
+            ) from error
+        if reason is not None:
+            raise type(error)(f"{error}: {_in_words(reason)}") from error
         raise
 
 
@@ -59,3 +136,9 @@ def abandon(producer: Any) -> None:  # noqa: ANN401
     except KafkaError:
         # 3.0.12 flushes first, and raises before it ends its thread.
         producer._sender.force_close()
+
+
+def _in_words(reason: BaseException | None) -> str:
+    """The reason without the names of classes, and without OpenSSL's source lines."""
+    text = re.sub(r"\s*\(_ssl\.c:\d+\)", "", str(reason))
+    return " ".join(re.sub(r"^(\[Error \d+\] )?(\w+Error: )+", "", text).split())

@@ -19,12 +19,15 @@ from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
 from stream.formats import Decoder, make_decoder
-from stream.http import Health, MetricsServer
+from stream.http import Guard, Health, MetricsServer
+from stream.logs import configure_logging
 from stream.metrics import ServiceMetrics
+from stream.reload import Reloader, Wish, changed_keys
 from stream.scoring import ScoringConfig
 from stream.service import Service
 from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
+from stream.tls import server_context
 from stream.topics import prepare_topics
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
@@ -162,6 +165,23 @@ def decoder_of(config: ServiceConfig) -> Decoder:
     return make_decoder(given.format, given.entity, given.labels, given.timestamp)
 
 
+def guard_of(config: ServiceConfig) -> Guard:
+    """Who may ask the metrics port.
+
+    Raises:
+        ConfigError: a certificate or key cannot be used.
+
+    """
+    metrics, tls = config.metrics, None
+    if metrics.tls_certfile is not None and metrics.tls_keyfile is not None:
+        tls = server_context(
+            "metrics", metrics.tls_certfile, metrics.tls_keyfile, metrics.tls_client_cafile
+        )
+    if metrics.username is None or metrics.password is None:
+        return Guard(tls)
+    return Guard(tls, metrics.username, metrics.password.get_secret_value())
+
+
 class Stop:
     """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for."""
 
@@ -201,14 +221,21 @@ def run_service(
     *,
     registry: CollectorRegistry = REGISTRY,
     client_options: Mapping[str, Any] | None = None,
+    wish: Wish | None = None,
+    read: Callable[[], ServiceConfig] | None = None,
     on_listening: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run until asked to stop; wait for a broker or topic that is not there yet.
 
+    With `read`, which reads the settings again, a `wish` changes what can change meanwhile.
+
     Raises:
         StreamError: the settings or the broker's rights do not allow it.
+        ConfigError: the settings do not fit the model, or a file they name cannot be used.
 
     """
+    # Before the minutes of compiling: certificates that cannot be read.
+    config.input.client_kwargs()
     grid, decoder = grid_of(model, config), decoder_of(config)
     metrics = ServiceMetrics(
         registry,
@@ -220,7 +247,9 @@ def run_service(
     metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=model.detector.window)
     health = Health()
     health.set_ready("starting")
-    with _listening(config, registry, health) as address:
+    wish = wish or Wish()
+    reload = wish.ask if config.metrics.reload and read else None
+    with _listening(config, registry, health, reload) as address:
         on_listening(address)
         began = time.monotonic()
         health.set_ready("the model is being compiled")
@@ -241,12 +270,15 @@ def run_service(
             health,
             idle_after_s=config.grid.idle_after_ms / 1000,
         )
+        first = Running(config, model)
+        reloader = reloader_of(first, service, metrics, wish, read or (lambda: config))
         try:
-            whole = service.run(stop)
+            whole = service.run(stop, reloader.turn)
         finally:
             # Leave the group first: the others may go on while we close the rest.
             source.close()
             sink.close()
+            reloader.close()
         _log.info(
             "stopped; everything is committed"
             if whole
@@ -254,17 +286,94 @@ def run_service(
         )
 
 
+@dataclass(frozen=True)
+class Running:
+    """What is in force, or is to be."""
+
+    config: ServiceConfig
+    model: Model
+    changed: tuple[str, ...] = ()
+
+
+def prepare(
+    running: Running,
+    wanted: ServiceConfig,
+    load: Callable[[ServiceConfig], Model] = lambda c: load_model(c.model.path, detect=c.detect),
+) -> Running:
+    """Check settings that are to follow those that run, and compile their bundle where it differs.
+
+    Raises:
+        ConfigError: something changed that needs a restart, or does not fit the model.
+        BundleError: the bundle cannot be used.
+
+    """
+    changed = changed_keys(running.config, wanted)
+    model, old = running.model, running.model.bundle
+    new = load_bundle(wanted.model.path)
+    if new.version != old.version:
+        for what in ("channels", "period_ms"):
+            if getattr(new, what) != getattr(old, what):
+                raise ConfigError(
+                    f"needs a restart: bundle {new.version} has other {what} than {old.version}"
+                )
+        model = load(wanted)
+        changed = [*(key for key in changed if key != "model.path"), "model.path"]
+    grid_of(model, wanted)
+    if model is not running.model:
+        model.detector.warm_up()
+    return Running(wanted, model, tuple(changed))
+
+
+def reloader_of(
+    first: Running,
+    service: Service,
+    metrics: ServiceMetrics,
+    wish: Wish,
+    read: Callable[[], ServiceConfig],
+) -> Reloader[Running]:
+    """Put together what reloads this service."""
+    current = [first]
+
+    def swap(new: Running) -> None:
+        config, model, detector = new.config, new.model, new.model.detector
+        grid = grid_of(model, config)
+        service.swap(detector, grid, scoring_of(model, config))
+        metrics.budget(
+            max_entities=config.metrics.max_entities, top_channels=config.metrics.top_channels
+        )
+        metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=detector.window)
+        if "log.level" in new.changed:
+            configure_logging(config.log.level, config.log.format)
+        current[0] = new
+        _log.info("reloaded", changed=list(new.changed), model=model.bundle.version)
+
+    return Reloader(wish, lambda: prepare(current[0], read()), swap, metrics)
+
+
 def _since(began: float) -> float:
     return round(time.monotonic() - began, 2)
 
 
 @contextmanager
-def _listening(config: ServiceConfig, registry: CollectorRegistry, health: Health) -> Iterator[str]:
+def _listening(
+    config: ServiceConfig,
+    registry: CollectorRegistry,
+    health: Health,
+    reload: Callable[[], None] | None = None,
+) -> Iterator[str]:
     if not config.metrics.listen:
         yield ""
         return
-    with MetricsServer(config.metrics.listen, registry, health) as server:
+    listen, guard = config.metrics.listen, guard_of(config)
+    with MetricsServer(listen, registry, health, guard, reload) as server:
         _log.info("metrics", url=server.url)
+        if server.exposed:
+            _log.warning(
+                "the metrics port names every entity to whoever asks: other machines reach it, and "
+                "it asks for no password (metrics.username) and no certificate "
+                "(metrics.tls_client_cafile)",
+                listen=config.metrics.listen,
+            )
         yield server.url
 
 

@@ -6,9 +6,11 @@ else receives the frozen `ServiceConfig`, or a section of it. Durations are writ
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
+from kafka.net.sasl.oauth import AbstractTokenProvider
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -40,8 +42,10 @@ from stream._layers import (
     merge,
     overrides_layer,
     read_secret_file,
+    secret_keys,
     yaml_layer,
 )
+from stream.tls import client_context
 from tsdiff.errors import ConfigError
 
 _MIB = 1024 * 1024
@@ -135,25 +139,59 @@ class SecuritySection(_Section):
     ssl_keyfile: Path | None = Field(
         default=None, description="Key of the client certificate (PEM, without a passphrase)"
     )
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+    sasl_mechanism: Literal[
+        "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI", "AWS_MSK_IAM"
+    ] = Field(
         default="SCRAM-SHA-512",
-        description="Used with the SASL protocols; the default never sends the password itself",
+        description="Used with the SASL protocols; the default never sends the password itself. "
+        "GSSAPI (Kerberos) needs the package gssapi, AWS_MSK_IAM needs botocore and takes its "
+        "credentials from AWS' own environment",
     )
-    sasl_username: str | None = Field(default=None, description="User name for SASL")
+    sasl_username: str | None = Field(
+        default=None, description="User name for PLAIN and SCRAM-SHA-*"
+    )
     sasl_password: SecretStr | None = Field(
         default=None,
-        description="Password for SASL; better given by environment or sasl_password_file",
+        description="Password for PLAIN and SCRAM-SHA-*; better given by environment or "
+        "sasl_password_file, and not taken from --set",
     )
     sasl_password_file: Path | None = Field(
         default=None, description="File that holds the password for SASL, such as a mounted secret"
     )
+    sasl_token_file: Path | None = Field(
+        default=None,
+        description="File that holds the token for OAUTHBEARER; read at every connection, since "
+        "whoever writes it renews it",
+    )
+    sasl_kerberos_service: str = Field(
+        default="kafka", min_length=1, description="The brokers' service name for GSSAPI"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        uses_sasl = self.protocol.startswith("SASL_")
         given = self.sasl_password is not None or self.sasl_password_file is not None
         if self.sasl_password is not None and self.sasl_password_file is not None:
             raise ValueError("expected sasl_password or sasl_password_file, got both")
-        if self.protocol.startswith("SASL_"):
+        if not uses_sasl and (self.sasl_username or given or self.sasl_token_file):
+            raise ValueError(
+                f"expected protocol SASL_SSL or SASL_PLAINTEXT beside a SASL user, password or "
+                f"token, got {self.protocol}, which would not use them"
+            )
+        if uses_sasl:
+            self._mechanism_complete(given)
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("expected ssl_certfile and ssl_keyfile together, got one of them")
+        if not self.uses_tls and (self.ssl_cafile or self.ssl_certfile):
+            raise ValueError(
+                f"expected protocol SSL or SASL_SSL beside ssl_* files, got {self.protocol}, "
+                "which would not use them"
+            )
+        return self
+
+    def _mechanism_complete(self, given: bool) -> None:
+        mechanism = self.sasl_mechanism
+        if mechanism == "PLAIN" or mechanism.startswith("SCRAM-"):
             if not self.sasl_username or not given:
                 came = "only the password" if given else "only the user name"
                 raise ValueError(
@@ -163,32 +201,63 @@ class SecuritySection(_Section):
                 )
         elif self.sasl_username or given:
             raise ValueError(
-                f"expected protocol SASL_SSL or SASL_PLAINTEXT beside a SASL user or password, "
-                f"got {self.protocol}, which would not use them"
+                f"expected no SASL user or password with {mechanism}, which would not use them, "
+                "got one"
             )
-        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
-            raise ValueError("expected ssl_certfile and ssl_keyfile together, got one of them")
-        uses_tls = self.protocol in {"SSL", "SASL_SSL"}
-        if not uses_tls and (self.ssl_cafile or self.ssl_certfile):
+        if (mechanism == "OAUTHBEARER") != (self.sasl_token_file is not None):
             raise ValueError(
-                f"expected protocol SSL or SASL_SSL beside ssl_* files, got {self.protocol}, "
-                "which would not use them"
+                f"expected sasl_token_file with OAUTHBEARER and with nothing else, got {mechanism} "
+                f"{'without' if self.sasl_token_file is None else 'with'} it"
             )
-        return self
+        if mechanism == "AWS_MSK_IAM" and self.protocol != "SASL_SSL":
+            raise ValueError(f"expected protocol SASL_SSL with AWS_MSK_IAM, got {self.protocol}")
+        package = {"GSSAPI": "gssapi", "AWS_MSK_IAM": "botocore"}.get(mechanism)
+        if package is not None and find_spec(package) is None:
+            raise ValueError(
+                f"expected the Python package {package} for {mechanism}, got none; install it "
+                "beside tsdiff"
+            )
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.protocol in {"SSL", "SASL_SSL"}
 
     def client_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for any kafka-python client; they hold the password in the clear."""
+        """Keyword arguments for any kafka-python client; they hold the password in the clear.
+
+        Raises:
+            ConfigError: a certificate, key or token cannot be read.
+
+        """
         kwargs: dict[str, Any] = {"security_protocol": self.protocol}
-        for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
-            path: Path | None = getattr(self, name)
-            if path is not None:
-                kwargs[name] = str(path)
-        if self.protocol.startswith("SASL_"):
-            kwargs["sasl_mechanism"] = self.sasl_mechanism
+        if self.uses_tls:
+            kwargs["ssl_context"] = client_context(
+                "input.security", self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile
+            )
+        if not self.protocol.startswith("SASL_"):
+            return kwargs
+        kwargs["sasl_mechanism"] = self.sasl_mechanism
+        if self.sasl_username is not None and self.sasl_password is not None:
             kwargs["sasl_plain_username"] = self.sasl_username
-            if self.sasl_password is not None:
-                kwargs["sasl_plain_password"] = self.sasl_password.get_secret_value()
+            kwargs["sasl_plain_password"] = self.sasl_password.get_secret_value()
+        elif self.sasl_token_file is not None:
+            kwargs["sasl_oauth_token_provider"] = _FileToken(self.sasl_token_file)
+        elif self.sasl_mechanism == "GSSAPI":
+            kwargs["sasl_kerberos_service_name"] = self.sasl_kerberos_service
         return kwargs
+
+
+class _FileToken(AbstractTokenProvider):  # type: ignore[misc]
+    """Gives kafka-python the token that is in a file now."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self.token()
+
+    def token(self) -> str:
+        return read_secret_file(self._path, "input.security.sasl_token_file")
 
 
 class InputSection(_Section):
@@ -490,6 +559,52 @@ class MetricsSection(_Section):
         "An entity without a score for so long, by wall clock, loses its series",
     )
 
+    tls_certfile: Path | None = Field(
+        default=None, description="Certificate (PEM) of the metrics port; unset = no TLS"
+    )
+    tls_keyfile: Path | None = Field(
+        default=None, description="Key of that certificate (PEM, without a passphrase)"
+    )
+    tls_client_cafile: Path | None = Field(
+        default=None,
+        description="Only who shows a certificate signed by one of these (PEM) is answered",
+    )
+    username: str | None = Field(
+        default=None, description="User name that the metrics port asks for (basic authentication)"
+    )
+    password: SecretStr | None = Field(
+        default=None,
+        description="Its password; better given by environment or password_file, and not taken "
+        "from --set",
+    )
+    password_file: Path | None = Field(
+        default=None, description="File that holds the password of the metrics port"
+    )
+
+    reload: bool = Field(
+        default=False,
+        description="Whether a POST to /-/reload reads the settings and the bundle again, as "
+        "SIGHUP always does; off, since whoever reaches the port could ask for it",
+    )
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("expected password or password_file, got both")
+        given = self.password is not None or self.password_file is not None
+        if (self.username is not None) != given or ":" in (self.username or ""):
+            raise ValueError(
+                "expected username (without a colon) and password (or password_file) together, "
+                f"got {'a colon' if given and self.username else 'one of them'}"
+            )
+        if (self.tls_certfile is None) != (self.tls_keyfile is None):
+            raise ValueError("expected tls_certfile and tls_keyfile together, got one of them")
+        if self.tls_client_cafile is not None and self.tls_certfile is None:
+            raise ValueError(
+                "expected tls_certfile and tls_keyfile beside tls_client_cafile, got neither"
+            )
+        return self
+
     @field_validator("listen")
     @classmethod
     def _address(cls, listen: str) -> str:
@@ -586,6 +701,10 @@ class ServiceConfig(BaseSettings):
         return kwargs
 
 
+SECRETS: Final = frozenset(secret_keys(ServiceConfig))
+"""Keys whose values are shown nowhere, and are not taken from a command line."""
+
+
 def load_config(
     path: Path | str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> ServiceConfig:
@@ -615,13 +734,16 @@ def load_config(
 
 
 def _with_secrets(config: ServiceConfig) -> ServiceConfig:
-    security = config.input.security
-    if security.sasl_password_file is None:
-        return config
-    secret = read_secret_file(security.sasl_password_file, "input.security.sasl_password_file")
-    security = security.model_copy(update={"sasl_password": SecretStr(secret)})
+    """Read the passwords that are in files."""
+    security, metrics = config.input.security, config.metrics
+    if security.sasl_password_file is not None:
+        secret = read_secret_file(security.sasl_password_file, "input.security.sasl_password_file")
+        security = security.model_copy(update={"sasl_password": SecretStr(secret)})
+    if metrics.password_file is not None:
+        secret = read_secret_file(metrics.password_file, "metrics.password_file")
+        metrics = metrics.model_copy(update={"password": SecretStr(secret)})
     section = config.input.model_copy(update={"security": security})
-    return config.model_copy(update={"input": section})
+    return config.model_copy(update={"input": section, "metrics": metrics})
 
 
 def json_schema() -> dict[str, Any]:

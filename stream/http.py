@@ -4,12 +4,21 @@
 /metrics     Prometheus text or OpenMetrics, as the client accepts; gzip where it may
 /-/healthy   200 while the loop goes round, else 503 and why
 /-/ready     200 once assigned, primed and compiled, else 503 and why
-/-/reload    not enabled: the settings are read once, at the start
+/-/reload    POST reads the settings and the bundle again, where that is enabled
+
+Where a user or a client certificate is asked for, all of these ask for it.
 """
 
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
 import socket
+import ssl
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -34,7 +43,8 @@ _INDEX = """tsdiff
 /-/healthy  200 while the service works or waits for readings
 /-/ready    200 once it has partitions, their recent past and a compiled model
 """
-_NO_RELOAD = "reloading is not enabled; restart the service to read its settings again\n"
+_NO_RELOAD = "reloading is not enabled; set metrics.reload, or send SIGHUP\n"
+_RELOADING = "asked for; tsdiff_config_last_reload_successful and the log tell how it went\n"
 
 
 class Health:
@@ -85,6 +95,40 @@ class Health:
             return self._not_ready
 
 
+@dataclass(frozen=True)
+class Guard:
+    """Who is answered; by default, everybody."""
+
+    tls: ssl.SSLContext | None = None
+    user: str | None = None
+    password: str = field(default="", repr=False)
+
+    @property
+    def open(self) -> bool:
+        """Whether nobody has to show who he is."""
+        asks = self.tls is not None and self.tls.verify_mode == ssl.CERT_REQUIRED
+        return self.user is None and not asks
+
+    def admits(self, authorization: str) -> bool:
+        """Whether this Authorization header is that of the user, in the same time for any."""
+        if self.user is None:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        try:
+            shown = base64.b64decode(given.strip(), validate=True)
+        except (binascii.Error, ValueError):
+            return False
+        # Hashes are of one length, whatever was sent.
+        right = hashlib.sha256(f"{self.user}:{self.password}".encode()).digest()
+        same = hmac.compare_digest(hashlib.sha256(shown).digest(), right)
+        return same and scheme.lower() == "basic"
+
+
+def exposed(address: str, guard: Guard) -> bool:
+    """Whether what listens on this IP address answers anybody on other machines."""
+    return guard.open and not ipaddress.ip_address(address).is_loopback
+
+
 class MetricsServer:
     """The HTTP server; it listens as soon as it is made and answers once it is started.
 
@@ -92,6 +136,8 @@ class MetricsServer:
         listen: "host:port"; port 0 takes a free one.
         registry: what /metrics shows.
         health: what /-/healthy and /-/ready show.
+        guard: who is answered.
+        reload: what a POST to /-/reload calls; None where that is not enabled.
 
     Raises:
         ConfigError: `listen` is not of that form.
@@ -99,16 +145,26 @@ class MetricsServer:
 
     """
 
-    def __init__(self, listen: str, registry: CollectorRegistry, health: Health) -> None:
+    def __init__(
+        self,
+        listen: str,
+        registry: CollectorRegistry,
+        health: Health,
+        guard: Guard | None = None,
+        reload: Callable[[], None] | None = None,
+    ) -> None:
         host, port = parse_listen(listen)
-        handler = type("_BoundHandler", (_Handler,), {"health": health})
+        self._guard = guard or Guard()
+        handler = type("_BoundHandler", (_Handler,), {"health": health, "guard": self._guard})
+        handler.reload = staticmethod(reload) if reload else None  # type: ignore[attr-defined]
         handler.metrics = staticmethod(make_wsgi_app(registry))  # type: ignore[attr-defined]
         try:
             family, _, _, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             # The class holds the family, and TCPServer makes its socket from it.
-            server = type("_Server", (_Server,), {"address_family": family})
+            bound = {"address_family": family, "tls": self._guard.tls}
+            server = type("_Server", (_Server,), bound)
             self._server: ThreadingHTTPServer = server(address, handler)
         except OSError as error:
             raise StreamError(
@@ -125,8 +181,17 @@ class MetricsServer:
     @property
     def url(self) -> str:
         """Where the server answers, without a path."""
-        host = str(self._server.server_address[0])
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        host, scheme = self._host, "http" if self._guard.tls is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines may ask, and nobody has to show who he is."""
+        return exposed(self._host, self._guard)
+
+    @property
+    def _host(self) -> str:
+        return str(self._server.server_address[0])
 
     def start(self) -> Self:
         """Answer from now on, in threads of its own."""
@@ -156,6 +221,7 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
+    tls: ssl.SSLContext | None = None
     daemon_threads = True
     # A scrape that hangs must not keep the service from ending.
     block_on_close = False
@@ -169,18 +235,31 @@ class _Server(ThreadingHTTPServer):
         self.server_name = str(self.server_address[0])
         self.server_port = int(self.server_address[1])
 
+    def finish_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
+        """Answer, on the request's own thread; so a slow TLS handshake holds up nobody else."""
+        if self.tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_SOCKET_TIMEOUT_S)
+        with self.tls.wrap_socket(request, server_side=True) as encrypted:
+            super().finish_request(encrypted, client_address)
+
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """Say nothing: the client went away, and its next request will tell."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     health: Health
+    guard: Guard
+    reload: Callable[[], None] | None
     metrics: Callable[..., list[bytes]]
     timeout = _SOCKET_TIMEOUT_S
     server_version = "tsdiff"
     sys_version = ""
 
     def do_GET(self) -> None:
+        if not self._admitted():
+            return
         path, query = urlsplit(self.path).path, urlsplit(self.path).query
         if path == "/metrics":
             self._answer_metrics(query)
@@ -189,7 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/-/ready":
             self._answer_state("ready", self.health.unready())
         elif path == "/-/reload":
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, _NO_RELOAD)
+            text = _NO_RELOAD if self.reload is None else "expected POST\n"
+            self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text)
         elif path == "/":
             self._answer(HTTPStatus.OK, _INDEX)
         else:
@@ -198,12 +278,24 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
+        if not self._admitted():
+            return
         if urlsplit(self.path).path == "/-/reload":
-            self._answer(HTTPStatus.NOT_FOUND, _NO_RELOAD)
+            if self.reload is None:
+                self._answer(HTTPStatus.NOT_FOUND, _NO_RELOAD)
+            else:
+                self.reload()
+                self._answer(HTTPStatus.ACCEPTED, _RELOADING)
         else:
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET\n")
 
     do_PUT = do_POST
+
+    def _admitted(self) -> bool:
+        if self.guard.admits(self.headers.get("Authorization", "")):
+            return True
+        self._answer(HTTPStatus.UNAUTHORIZED, "expected the user and password of metrics\n")
+        return False
 
     def _answer_state(self, state: str, reason: str | None) -> None:
         if reason is None:
@@ -232,7 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: HTTPStatus, text: str) -> None:
         headers = [("Content-Type", _TEXT)]
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers.append(("Allow", "" if "reload" in self.path else "GET, HEAD"))
+            reload = "POST" if self.reload is not None else ""
+            headers.append(("Allow", reload if "reload" in self.path else "GET, HEAD"))
+        elif status == HTTPStatus.UNAUTHORIZED:
+            headers.append(("WWW-Authenticate", 'Basic realm="tsdiff", charset="UTF-8"'))
         self._send(status, headers, text.encode())
 
     def _send(self, status: HTTPStatus, headers: list[tuple[str, str]], body: bytes) -> None:

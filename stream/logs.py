@@ -38,7 +38,8 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     kafka = logging.getLogger("kafka")
-    kafka.setLevel(logging.DEBUG if number == logging.DEBUG else logging.ERROR)
+    # Never DEBUG: kafka-python would write its settings and every byte it sends, passwords too.
+    kafka.setLevel(logging.INFO if number == logging.DEBUG else logging.ERROR)
     if number > logging.DEBUG:
         handler.addFilter(_Sparse("kafka", REPEAT_SECONDS))
 

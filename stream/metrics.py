@@ -156,7 +156,12 @@ class ServiceMetrics:
             "Whether the settings were read without an error the last time.",
             registry=registry,
         )
-        self._reload.set(1)
+        self._reloaded_at = Gauge(
+            "tsdiff_config_last_reload_success_timestamp_seconds",
+            "When the settings that are in force were read.",
+            registry=registry,
+        )
+        self.config_reload(successful=True)
         self._series = _EntitySeries(max_entities, top_channels, entity_ttl_s, clock)
         registry.register(self._series)
 
@@ -232,8 +237,14 @@ class ServiceMetrics:
         )
 
     def config_reload(self, successful: bool) -> None:
-        """Say whether the settings could be read."""
+        """Say whether the settings could be read, just now."""
         self._reload.set(1 if successful else 0)
+        if successful:
+            self._reloaded_at.set_to_current_time()
+
+    def budget(self, *, max_entities: int, top_channels: int) -> None:
+        """Change how many entities have series, and how many channels each."""
+        self._series.budget(max_entities, top_channels)
 
     def rebalance(self) -> None:
         """Count a change of assignment."""
@@ -340,6 +351,14 @@ class _EntitySeries:
         self._last: dict[str, SlotScore] = {}
         self._seen_at: dict[str, float] = {}
         self._next_expiry = clock() + _EXPIRY_INTERVAL_S
+
+    def budget(self, max_entities: int, top_channels: int) -> None:
+        with self._lock:
+            self._max_entities, self._top_channels = max_entities, top_channels
+            # Alerts stay before calm ones, then whoever was here first.
+            calm_last = sorted(self._last, key=lambda e: self._last[e].state not in ALERTING)
+            for entity in calm_last[max_entities:]:
+                self._remove(entity)
 
     def observe(self, scores: Sequence[SlotScore]) -> int:
         """Keep the last score of each entity; returns how many were beyond the budget."""

@@ -8,6 +8,7 @@ from the last one that did not.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -62,15 +63,23 @@ class Service:
         self._appended_at: dict[PartitionId, float] = {}
         self._gauges_at = 0.0
         self._spread_at = -SPREAD_EVERY_S
+        self._compiled_before = 0
+        """Compilations of the models that ran before this one."""
         self._failures = 0
         """Rounds that failed since the last one that was committed."""
 
-    def run(self, stopping: Callable[[], bool] = lambda: False) -> bool:
+    def run(
+        self,
+        stopping: Callable[[], bool] = lambda: False,
+        between: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Work until the source ends or somebody asks to stop; what was begun is finished.
 
-        False where that could not be: the last round failed, and was not committed.
+        `between` is called before each round, when all is committed. False where the last round
+        failed, and was not committed.
         """
         while not stopping():
+            between()
             try:
                 if not self.step():
                     break
@@ -78,6 +87,22 @@ class Service:
                 if not self._recover(error, stopping):
                     return False
         return True
+
+    def swap(self, scorer: Scorer, grid: Grid, scoring: ScoringConfig) -> None:
+        """Go on with another model or other settings, of the same channels and period.
+
+        What is in force is what a restart with them would find: where windows or alerts may
+        differ, partitions are read again from their last commit, without telling anything twice.
+        """
+        told_alike = replace(scoring, top_channels=self._scoring.top_channels) == self._scoring
+        same = scorer is self._scorer and grid == self._grid and told_alike
+        if scorer is not self._scorer:
+            self._compiled_before += self._scorer.compilations
+        self._scorer, self._grid, self._scoring = scorer, grid, scoring
+        if not same:
+            # The series of entities stay: they are still ours.
+            self._buffers.clear()
+            self._source.rewind()
 
     def step(self) -> bool:
         """Run one round; False once the source has ended.
@@ -250,7 +275,7 @@ class Service:
         self._metrics.consumer_lag(
             lag, max((self._behind_s(p, n) for p, n in lag.items()), default=0.0)
         )
-        self._metrics.compilations(self._scorer.compilations)
+        self._metrics.compilations(self._compiled_before + self._scorer.compilations)
         self._metrics.entities(self._states(now))
 
     def _behind_s(self, partition: PartitionId, records: int) -> float:

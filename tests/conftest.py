@@ -7,9 +7,11 @@ environment they fail instead, so that a broken CI machine cannot look like a pa
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -128,3 +130,49 @@ def make_topic(kafka: str) -> Iterator[MakeTopic]:
         if made:
             admin.delete_topics(made, raise_errors=False)
         admin.close()
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """PEM files: an authority, what it signed, and an authority that nobody trusts."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    @property
+    def other_ca(self) -> Path:
+        return self.folder / "other.pem"
+
+    def certificate(self, name: str) -> Path:
+        """The certificate of `server` or `client`."""
+        return self.folder / f"{name}.pem"
+
+    def key(self, name: str) -> Path:
+        return self.folder / f"{name}.key"
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Make certificates for 127.0.0.1, good for two days."""
+    openssl = require_program("openssl", "openssl")
+    folder = tmp_path_factory.mktemp("certificates")
+    # The machine's own configuration would add what it likes.
+    (folder / "openssl.cnf").write_text("[req]\ndistinguished_name = dn\n[dn]\n")
+
+    def make(name: str, *options: str) -> None:
+        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc"]
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2"]
+        command = [openssl, "req", "-config", "openssl.cnf", "-x509", *curve, *files]
+        command += ["-subj", f"/CN=tsdiff-{name}", *options]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+    authority = ["basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign"]
+    for name in ("ca", "other"):
+        make(name, *(text for entry in authority for text in ("-addext", entry)))
+    signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "basicConstraints=critical,CA:FALSE"]
+    make("server", *signed, "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost")
+    make("client", *signed)
+    return Certificates(folder)

@@ -21,6 +21,7 @@ OUTWARD = "tsdiff/cli.py"
 FLAX = {"tsdiff/denoiser.py"}
 DISK = {"tsdiff/bundle.py", "tsdiff/history.py"}
 DISK_MODULES = {"pyarrow", "safetensors", "shutil", "tempfile", "pathlib", "sqlite3", "pickle"}
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 DISK_CALLS = {
     *("open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "makedirs"),
     *(
@@ -157,7 +158,31 @@ def everything_declared(file: str, source: str) -> list[str]:
     ]
 
 
-RULES: list[Rule] = [direction, flax_in_one_place, disk_in_two_places, everything_declared]
+def nothing_runs_what_it_reads(file: str, source: str) -> list[str]:
+    """Nothing that is read from a file, a bundle or a topic becomes code."""
+    wrong = [
+        f"{file}:{getattr(node, 'lineno', 0)} imports {module}"
+        for module, node in imports(file, source)
+        if module.split(".")[0] in PICKLES
+    ]
+    for node in ast.walk(ast.parse(source, file)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id in {"eval", "exec"}:
+                wrong.append(f"{file}:{node.lineno} calls {node.func.id}")
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            if not refused:
+                wrong.append(f"{file}:{node.value.lineno} allows pickle")
+    return wrong
+
+
+RULES: list[Rule] = [
+    direction,
+    flax_in_one_place,
+    disk_in_two_places,
+    everything_declared,
+    nothing_runs_what_it_reads,
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -202,6 +227,9 @@ def test_the_exceptions_exist() -> None:
         (disk_in_two_places, "tsdiff/detector.py", "def f(path):\n    path.write_text('x')"),
         (disk_in_two_places, "tsdiff/detector.py", "import pyarrow.parquet as pq"),
         (disk_in_two_places, "tsdiff/detector.py", "np.savez('x', a=1)"),
+        (nothing_runs_what_it_reads, "tsdiff/bundle.py", "from pickle import loads"),
+        (nothing_runs_what_it_reads, "tsdiff/bundle.py", "np.load('x', allow_pickle=True)"),
+        (nothing_runs_what_it_reads, "stream/a.py", "eval(text)"),
         (everything_declared, "stream/a.py", "import left_pad"),
         (everything_declared, "stream/a.py", "def f():\n    import left_pad.right"),
     ],
@@ -222,6 +250,8 @@ def test_each_rule_can_fail(rule: Rule, file: str, source: str) -> None:
         (disk_in_two_places, "tsdiff/bundle.py", "open('x')"),
         (disk_in_two_places, "train/loop.py", "open('x')"),
         (disk_in_two_places, "tsdiff/cli.py", "import os\nos.open(os.devnull, os.O_WRONLY)"),
+        (nothing_runs_what_it_reads, "tsdiff/a.py", "np.load('x', allow_pickle=False)"),
+        (nothing_runs_what_it_reads, "tsdiff/a.py", "module.eval(x)"),
         (everything_declared, "stream/a.py", "import kafka, yaml, os.path, tsdiff.anchor"),
     ],
 )

@@ -88,7 +88,7 @@ def command_line(pid: int) -> str:
             return proc.read_bytes().replace(b"\0", b" ").decode("utf-8", errors="replace")
         except OSError:
             return ""
-    answer = subprocess.run(  # noqa: S603
+    answer = subprocess.run(  # noqa: S603 - a fixed command
         ["/bin/ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
     return answer.stdout

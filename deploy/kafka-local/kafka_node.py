@@ -36,7 +36,6 @@ LOG_TAIL_LINES = 15
 SETTINGS: dict[str, str] = {
     "process.roles": "broker,controller",
     "node.id": "1",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "controller.listener.names": "CONTROLLER",
     "inter.broker.listener.name": "PLAINTEXT",
     "auto.create.topics.enable": "false",
@@ -113,7 +112,7 @@ def find_java() -> str:
             f"no java found in JAVA_HOME or PATH; install Java {MINIMUM_JAVA} or newer "
             "(Debian: openjdk-17-jre-headless)"
         )
-    answer = subprocess.run(  # noqa: S603
+    answer = subprocess.run(  # noqa: S603 - what is in the user's own PATH
         [java, "-version"], capture_output=True, text=True, check=False
     )
     text = answer.stderr + answer.stdout
@@ -147,7 +146,7 @@ def find_jars(log: Callable[[str], None] = lambda _: None) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parts:
         jars = Path(parts) / "jars"
         wanted = ["-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
-        answer = subprocess.run(  # noqa: S603
+        answer = subprocess.run(  # noqa: S603 - what is in the user's own PATH
             [mvn, "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", *wanted],
             capture_output=True,
             text=True,
@@ -214,7 +213,9 @@ class KafkaLocal:
 
     `port` 0 means any free port, chosen at the first start and then kept. `data` is a folder that
     outlives the node; without it, a temporary one goes with `stop()`. `settings` are added to the
-    broker's properties.
+    broker's properties. `listeners` beside the plain one are named here with their protocols
+    (`{"TLS": "SSL"}`), get free ports (`address("TLS")`), and are set up by `settings` that begin
+    with `listener.name.tls.`.
     """
 
     def __init__(
@@ -223,6 +224,7 @@ class KafkaLocal:
         data: Path | str | None = None,
         *,
         settings: Mapping[str, str] | None = None,
+        listeners: Mapping[str, str] | None = None,
         detach: bool = False,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -230,6 +232,8 @@ class KafkaLocal:
         self._wish = port
         self._data = None if data is None else Path(data).resolve()
         self._settings = dict(settings or {})
+        self._protocols = dict(listeners or {})
+        self._ports: dict[str, int] = {}
         self._detach = detach
         self._log = log
         self._folder: Path | None = None
@@ -245,6 +249,12 @@ class KafkaLocal:
     def bootstrap_servers(self) -> str:
         """What a client's `bootstrap_servers` wants."""
         return f"{HOST}:{self._port}"
+
+    def address(self, listener: str) -> str:
+        """What a client's `bootstrap_servers` wants, for one of the `listeners`."""
+        if listener not in self._ports:
+            raise KafkaLocalError(f"no listener {listener}; name it in `listeners`, call start()")
+        return f"{HOST}:{self._ports[listener]}"
 
     @property
     def pid(self) -> int | None:
@@ -327,7 +337,7 @@ class KafkaLocal:
             self._format([java, *TOOL_JVM, *command], properties)
         with (self.folder / "kafka.log").open("ab") as log:
             self._log_start = log.tell()
-            return subprocess.Popen(  # noqa: S603
+            return subprocess.Popen(  # noqa: S603 - Java, found above
                 [java, *BROKER_JVM, *command, "kafka.Kafka", str(properties)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -340,10 +350,18 @@ class KafkaLocal:
 
     def _write_properties(self) -> Path:
         controller = free_port()
+        for name in self._protocols.keys() - self._ports.keys():
+            self._ports[name] = free_port()
+        advertised = ",".join(
+            f"{name}://{HOST}:{port}"
+            for name, port in {"PLAINTEXT": self._port, **self._ports}.items()
+        )
+        protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **self._protocols}
         properties = {
             **SETTINGS,
-            "listeners": f"PLAINTEXT://{HOST}:{self._port},CONTROLLER://{HOST}:{controller}",
-            "advertised.listeners": f"PLAINTEXT://{HOST}:{self._port}",
+            "listeners": f"{advertised},CONTROLLER://{HOST}:{controller}",
+            "advertised.listeners": advertised,
+            "listener.security.protocol.map": ",".join(f"{n}:{p}" for n, p in protocols.items()),
             "controller.quorum.voters": f"1@{HOST}:{controller}",
             "log.dirs": str(self.folder / "topics"),
             **self._settings,
@@ -360,7 +378,7 @@ class KafkaLocal:
         shutil.rmtree(self.folder / "topics", ignore_errors=True)
         # The "A" keeps the tool from taking an id that begins with a hyphen for an option.
         cluster = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode("ascii")[1:22]
-        answer = subprocess.run(  # noqa: S603
+        answer = subprocess.run(  # noqa: S603 - Java, found above
             [*command, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)],
             capture_output=True,
             text=True,
@@ -381,6 +399,7 @@ class KafkaLocal:
             self._folder = None
         if self._wish == 0:
             self._port = 0
+            self._ports.clear()
         atexit.unregister(self.stop)
 
     def restart(self, timeout_seconds: float = 120.0) -> None:

@@ -376,3 +376,10 @@ def test_replay_writes_and_says_how_much(
     with KafkaConsumer(bootstrap_servers=kafka) as consumer:
         (end,) = consumer.end_offsets([TopicPartition(topic, 0)]).values()
     assert end == 20
+
+
+@pytest.mark.parametrize("key", ["input.security.sasl_password", "metrics.password"])
+def test_a_password_is_not_taken_from_the_command_line(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"expected {key} from the environment") as caught:
+        _overrides([f"{key}=hunter2"])
+    assert "hunter2" not in str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stream.config import ServiceConfig, json_schema, load_config, parse_listen
+from stream.config import SECRETS, ServiceConfig, json_schema, load_config, parse_listen
 from tsdiff.errors import ConfigError
 
 WORD = "hunter2"
@@ -316,13 +316,95 @@ def test_security_must_fit_together(security: dict[str, str], message: str) -> N
     assert WORD not in text
 
 
+@pytest.mark.parametrize(
+    ("security", "message"),
+    [
+        ({"sasl_mechanism": "OAUTHBEARER"}, "expected sasl_token_file with OAUTHBEARER"),
+        ({"sasl_token_file": "t", "sasl_username": "u", "sasl_password": WORD}, "with it"),
+        (
+            {"sasl_mechanism": "OAUTHBEARER", "sasl_token_file": "t", "sasl_username": "u"},
+            "expected no SASL user or password with OAUTHBEARER",
+        ),
+        ({"sasl_mechanism": "GSSAPI"}, "expected the Python package gssapi for GSSAPI, got none"),
+        ({"sasl_mechanism": "AWS_MSK_IAM"}, "expected the Python package botocore"),
+        (
+            {"sasl_mechanism": "AWS_MSK_IAM", "protocol": "SASL_PLAINTEXT"},
+            "expected protocol SASL_SSL with AWS_MSK_IAM",
+        ),
+        ({"sasl_mechanism": "DIGEST-MD5"}, "'OAUTHBEARER', 'GSSAPI' or 'AWS_MSK_IAM'"),
+    ],
+)
+def test_each_mechanism_has_what_it_needs(
+    security: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.config.find_spec", lambda _: None)
+    text = refusal(None, {**REQUIRED, "input.security": {"protocol": "SASL_SSL", **security}})
+    assert message in text
+    assert WORD not in text
+
+
+def test_mechanisms_become_what_kafka_python_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def client(**security: str) -> dict[str, Any]:
+        settings = {"protocol": "SASL_SSL", **security}
+        return load_config(None, {**REQUIRED, "input.security": settings}).input.client_kwargs()
+
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    bearer = client(sasl_mechanism="OAUTHBEARER", sasl_token_file=str(token))
+    assert bearer["sasl_oauth_token_provider"].token() == "first"
+    token.write_text("second\n")
+    assert bearer["sasl_oauth_token_provider"].token() == "second"
+    with pytest.raises(ConfigError, match=r"input.security.sasl_token_file: expected a file"):
+        client(sasl_mechanism="OAUTHBEARER", sasl_token_file=str(tmp_path / "none"))
+    monkeypatch.setattr("stream.config.find_spec", lambda _: object())
+    kerberos = client(sasl_mechanism="GSSAPI", sasl_kerberos_service="bus")
+    assert kerberos["sasl_kerberos_service_name"] == "bus"
+    assert client(sasl_mechanism="AWS_MSK_IAM")["sasl_mechanism"] == "AWS_MSK_IAM"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"username": "prometheus"}, "expected username (without a colon) and password"),
+        ({"password": WORD}, "got one of them"),
+        ({"username": "a:b", "password": WORD}, "got a colon"),
+        ({"username": "p", "password": WORD, "password_file": "f"}, "got both"),
+        ({"tls_certfile": "c"}, "expected tls_certfile and tls_keyfile together"),
+        ({"tls_client_cafile": "c"}, "expected tls_certfile and tls_keyfile beside"),
+    ],
+)
+def test_the_guards_of_the_metrics_port_must_fit_together(
+    metrics: dict[str, str], message: str
+) -> None:
+    text = refusal(None, {**REQUIRED, "metrics": metrics})
+    assert message in text
+    assert WORD not in text
+
+
+def test_a_password_of_the_metrics_port_comes_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text(f"{WORD}\n")
+    metrics = {"username": "prometheus", "password_file": str(path)}
+    config = load_config(None, {**REQUIRED, "metrics": metrics})
+    assert config.metrics.password is not None
+    assert config.metrics.password.get_secret_value() == WORD
+    assert WORD not in repr(config) + str(config) + config.model_dump_json()
+
+
+def test_the_schema_tells_of_secrets_and_holds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSDIFF_INPUT__SECURITY__SASL_PASSWORD", WORD)
+    monkeypatch.setenv("TSDIFF_METRICS__PASSWORD", WORD)
+    assert WORD not in json.dumps(json_schema())
+    assert {"input.security.sasl_password", "metrics.password"} == SECRETS
+
+
 def test_kafka_knows_every_client_argument() -> None:
     from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 
-    tls = {"ssl_cafile": "a", "ssl_certfile": "b", "ssl_keyfile": "c"}
-    config = load_config(None, sasl(sasl_password=WORD, **tls))
+    config = load_config(None, sasl(sasl_password=WORD))
     client = config.input.client_kwargs()
-    assert client["ssl_cafile"] == "a"
     assert set(client) <= set(KafkaAdminClient.DEFAULT_CONFIG)
     consumer = config.input.consumer_kwargs()
     assert set(consumer) <= set(KafkaConsumer.DEFAULT_CONFIG)

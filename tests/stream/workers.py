@@ -24,15 +24,22 @@ Scores = dict[tuple[str, str], dict[str, Any]]
 class Worker:
     """One `tsdiff run` process."""
 
-    def __init__(self, log: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        log: Path,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        config: Path | None = None,
+    ) -> None:
         self.log = log
-        arguments = [f"--set={key}={value}" for key, value in settings.items()]
+        arguments = [] if config is None else [f"--config={config}"]
+        arguments += [f"--set={key}={value}" for key, value in settings.items()]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tsdiff.cli", "run", *arguments],
                 stderr=out,
                 stdout=out,
-                env={**os.environ, "TSDIFF_LOG__FORMAT": "json"},
+                env={**os.environ, "TSDIFF_LOG__FORMAT": "json", **(environment or {})},
             )
 
     def events(self) -> list[dict[str, Any]]:
@@ -158,6 +165,8 @@ class Deployment:
         self.scores, self.alerts = f"{topic}.scores", f"{topic}.alerts"
         self.dead_letters = f"{topic}.dead"
         self.workers: list[Worker] = []
+        self.environment: dict[str, str] = {}
+        self.config: Path | None = None
         self.readers: dict[str, Reader] = {}
         self.settings: dict[str, Any] = {
             "model.path": bundle,
@@ -179,7 +188,7 @@ class Deployment:
         """Start one more worker; `input__topic=x` overrides `input.topic`."""
         changed = {key.replace("__", "."): value for key, value in settings.items()}
         log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = Worker(log, {**self.settings, **changed})
+        worker = Worker(log, {**self.settings, **changed}, self.environment, self.config)
         self.workers.append(worker)
         return worker
 

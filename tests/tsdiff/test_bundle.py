@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from tests.train.simulated import anchor_bundle
 from tsdiff.bundle import FORMAT, Bundle, load_bundle, make_bundle, save_bundle
@@ -113,6 +115,39 @@ def test_damage_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=message) as caught:
         load_bundle(tmp_path / "b")
     assert "\n" not in str(caught.value)
+
+
+class _Trap:
+    """What runs when it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self._sprung = sprung
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._sprung,)
+
+
+@pytest.mark.parametrize("form", ["pickle", "npy", "npz"])
+def test_a_hostile_bundle_is_refused_and_runs_nothing(form: str, tmp_path: Path) -> None:
+    sprung, folder = tmp_path / "sprung", tmp_path / "b"
+    trap = _Trap(sprung)
+    save_bundle(anchor_bundle(), folder)
+    params = folder / "params.safetensors"
+    if form == "pickle":
+        params.write_bytes(pickle.dumps(trap))
+    else:
+        with params.open("wb") as file:
+            save = np.save if form == "npy" else np.savez
+            save(file, np.array([trap], object))
+    # Whoever writes a bundle can write the right hash as well.
+    digest = hashlib.sha256(params.read_bytes()).hexdigest()
+    edit_manifest(lambda m: m.update(files={params.name: digest}))(folder)
+    with pytest.raises((BundleError, SafetensorError)):
+        load_bundle(folder)
+    assert not sprung.exists()
+    # The trap is a real one: whatever unpickled it would spring it.
+    pickle.loads(pickle.dumps(trap))  # noqa: S301 - made three lines above
+    assert sprung.exists()
 
 
 def test_no_bundle_at_all(tmp_path: Path) -> None:
