@@ -17,7 +17,7 @@ from tsdiff.bundle import Bundle, load_bundle, save_bundle
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.durations import parse_duration_ms
 from tsdiff.errors import ConfigError
-from tsdiff.history import load_history
+from tsdiff.history import load_history, with_rates
 
 if TYPE_CHECKING:
     from train.loop import Progress as State
@@ -43,6 +43,13 @@ def train(
     network: Annotated[
         bool, typer.Option("--network/--no-network", help="Train a network beside the anchor.")
     ] = True,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Channels that are counters, as input.rate; repeatable.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
@@ -66,6 +73,8 @@ def train(
       tsdiff train history/ --period 5m -o bundle --resume
 
       tsdiff train one-host.parquet --period 10s -o bundle --no-network
+
+      tsdiff train history/ --period 60s -o bundle --rate 'net.*' --rate 'disk.*_bytes'
     """
     from train.loop import train as run  # noqa: PLC0415  (JAX is slow to import; --help is not)
 
@@ -79,7 +88,9 @@ def train(
         max_minutes=max_minutes,
     )
     console = Console(stderr=True)
-    history = load_history(data, period_ms=period_ms, part=part)
+    history = load_history(data, period_ms=period_ms, part=part, rate=tuple(rate or ()))
+    if rate:
+        history = with_rates(history, rate, period_ms)
     for warning in history.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     folder = checkpoint_dir or output.with_name(output.name + ".checkpoints")

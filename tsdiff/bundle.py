@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
@@ -205,7 +206,12 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
                 f"bundle {folder} is damaged: {name} does not have the SHA-256 that {MANIFEST} "
                 "states; copy the whole folder again"
             )
-    return Bundle(manifest, load_arrays(contents[PARAMS]))
+    try:
+        return Bundle(manifest, load_arrays(contents[PARAMS]))
+    except (KeyError, SafetensorError) as error:
+        raise BundleError(
+            f"bundle {folder} is damaged: {PARAMS} holds no arrays ({_one_line(error)}); {retrain}"
+        ) from error
 
 
 class _Header(msgspec.Struct):

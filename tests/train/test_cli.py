@@ -57,5 +57,24 @@ def test_without_a_network(data: Path, tmp_path: Path) -> None:
     assert "Gaussian anchor alone" in describe(load_bundle(output))
 
 
+def test_counters_are_trained_on_as_rates(tmp_path: Path) -> None:
+    """A counter that grows by some 300 in a slot of 60 s, and begins again once: 5 a second."""
+    rng = np.random.default_rng(0)
+    total = 1e9 + np.cumsum(rng.uniform(270, 330, 600))
+    total[400:] -= total[400]
+    table = pa.table({"timestamp": np.arange(600), "a": rng.normal(size=600), "bytes": total})
+    pq.write_table(table, tmp_path / "host.parquet")
+    output = tmp_path / "bundle"
+    options = ["--period", "60s", "--no-network", "--rate", "by*"]
+    command = ["train", str(tmp_path / "host.parquet"), "-o", str(output)]
+    done = runner.invoke(app, [*command, *options])
+    assert done.exit_code == 0, done.output
+    statistics = load_bundle(output).arrays
+    assert statistics["statistics.mean"][0, 1] == pytest.approx(5.0, abs=0.1)
+    assert statistics["statistics.scale"][0, 1] < 1.0
+    wrong = runner.invoke(app, [*command, *options[:-1], "nothing*"])
+    assert "pattern" in str(wrong.exception)
+
+
 def test_describe_names_the_network() -> None:
     assert "anchor and network (weight 0.5" in describe(network_bundle())

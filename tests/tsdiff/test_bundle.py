@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 
 from tests.train.simulated import anchor_bundle
 from tsdiff.bundle import FORMAT, Bundle, load_bundle, make_bundle, save_bundle
@@ -142,7 +141,7 @@ def test_a_hostile_bundle_is_refused_and_runs_nothing(form: str, tmp_path: Path)
     # Whoever writes a bundle can write the right hash as well.
     digest = hashlib.sha256(params.read_bytes()).hexdigest()
     edit_manifest(lambda m: m.update(files={params.name: digest}))(folder)
-    with pytest.raises((BundleError, SafetensorError)):
+    with pytest.raises(BundleError, match="holds no arrays"):
         load_bundle(folder)
     assert not sprung.exists()
     # The trap is a real one: whatever unpickled it would spring it.
