@@ -167,6 +167,8 @@ def assert_sent_again(deployed: Deployment) -> None:
     progress: list[tuple[int, int]] = []
     assert resend(config, lambda *at: progress.append(at)) == ResendSummary(2, 0)
     assert progress[-1][0] == 2
+    # A commit is answered before its markers are written, and only then may others read it.
+    wait_until(lambda: len(deployed.records(deployed.topic)) >= len(before) + 2, "both again", 30)
     found = deployed.records(deployed.topic)[len(before) :]
     assert sorted(record.partition for record in found) == [0, 1]
     (again,) = (record for record in found if record.value)

@@ -124,6 +124,8 @@ PROMISED = {
     "tsdiff_series_dropped_total": ("counter", set()),
     "tsdiff_model_info": ("gauge", {"model", "channels", "period_seconds", "window"}),
     "tsdiff_config_last_reload_successful": ("gauge", set()),
+    "tsdiff_config_last_reload_success_timestamp_seconds": ("gauge", set()),
+    "tsdiff_misplaced_readings_total": ("counter", {"reason"}),
     "tsdiff_build_info": ("gauge", {"version"}),
     "tsdiff_rebalances_total": ("counter", set()),
     "tsdiff_recoveries_total": ("counter", {"reason"}),
