@@ -16,6 +16,7 @@ import json
 import math
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -412,7 +413,7 @@ class Drill:
         self.running.remove(first)
         try:
             status = first.process.wait(40)
-        except Exception:
+        except subprocess.TimeoutExpired:
             self.violation(f"{first.log.name}: did not give way to its twin{first.tail()}")
             first.kill()
             return
