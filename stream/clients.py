@@ -8,6 +8,7 @@ from typing import Any, Final
 from kafka.errors import (
     IllegalSaslStateError,
     KafkaConfigurationError,
+    KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
     RequestTimedOutError,
@@ -15,8 +16,10 @@ from kafka.errors import (
     UnsupportedSaslMechanismError,
 )
 from kafka.net.compat import KafkaNetClient
+from kafka.net.inet import create_connection
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
+from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
 
 from stream.errors import StreamError
 
@@ -42,7 +45,28 @@ class _Manager(KafkaConnectionManager):  # type: ignore[misc]
             self.reason = reason
 
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:  # noqa: ANN401
-        transport = await super()._build_transport(node, timeout_at)
+        sock = await create_connection(
+            self._net,
+            node.host,
+            node.port,
+            self.config["socket_options"],
+            proxy_url=self.config["proxy_url"],
+            timeout_at=timeout_at,
+        )
+        if self.ssl_enabled:
+            context = self.config["ssl_context"]
+            transport = KafkaSSLTransport(self._net, sock, host=node.host, ssl_context=context)
+        else:
+            transport = KafkaTCPTransport(self._net, sock, host=node.host)
+        try:
+            await transport.handshake()
+        except BaseException as error:
+            # kafka-python 3.0.12 leaves the socket to the garbage collector, also when it is closed
+            # before the handshake ends (GeneratorExit).
+            transport.abort(error)
+            if isinstance(error, Exception):
+                raise KafkaConnectionError(f"Handshake failed: {error}") from error
+            raise
         receive = transport._sock_recv
 
         def receive_all() -> tuple[bytes, Exception | None]:
