@@ -30,6 +30,7 @@ from stream.simulate import CHANNELS, simulate_fleet
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
 from tsdiff.errors import ConfigError, TsdiffError
 from tsdiff.history import EntityHistory, History
+from tsdiff.runs import Counts
 
 Record = dict[str, Any]
 
@@ -280,6 +281,7 @@ class Scorer(Protocol):
     def adaptation(self) -> Learner | None: ...  # noqa: D102
     def row(self, entity: str) -> int: ...  # noqa: D102
     def statistics(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...  # noqa: D102
+    def longest_runs(self, rows: NDArray[np.int32]) -> Counts: ...  # noqa: D102
     def warm_up(self) -> None: ...  # noqa: D102
     def detect(  # noqa: D102
         self,
@@ -456,6 +458,9 @@ class _Known:
 
     def statistics(self, row: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self._scorer.statistics(row)
+
+    def longest_runs(self, rows: NDArray[np.int32]) -> Counts:
+        return self._scorer.longest_runs(rows)
 
     def fit_statistics(
         self, count: NDArray[Any], total: NDArray[Any], total_sq: NDArray[Any]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from kafka import KafkaConsumer, TopicPartition
@@ -33,13 +33,17 @@ Record = dict[str, Any]
 
 @dataclass
 class Episode:
-    """One alert, from firing until it is over; `channels` are those blamed when it fired."""
+    """One alert, from firing until it is over; `channels` are those blamed when it fired.
+
+    Or, where `state` says so, a channel from the slot on in which it was found dead or stuck.
+    """
 
     entity: str
     start_ms: int
-    anomaly_score: float
+    anomaly_score: float | None
     channels: tuple[str, ...]
     end_ms: int | None = None
+    state: Literal["firing", "dead", "stuck"] = "firing"
 
     def as_json(self) -> Record:
         """Return it as the machine-readable summaries have it."""
@@ -47,6 +51,7 @@ class Episode:
             "entity": self.entity,
             "start": rfc3339(self.start_ms),
             "end": None if self.end_ms is None else rfc3339(self.end_ms),
+            "state": self.state,
             "channels": list(self.channels),
             "anomaly_score": self.anomaly_score,
         }
@@ -104,7 +109,8 @@ class Board:
         self._form = form
         # At-least-once: after a recovery the service may tell the same again.
         self._told: dict[str, set[str]] = {}
-        self._open: dict[str, Episode] = {}
+        self._open: dict[tuple[str, str | None], Episode] = {}
+        """By entity, and channel where it is one that is dead or stuck."""
 
     @property
     def scores(self) -> int:
@@ -121,28 +127,26 @@ class Board:
             self.judged += score["anomaly_score"] is not None
             self.last[score["entity"]] = score
             self.now_ms = max(self.now_ms, _milliseconds(score["timestamp"]))
-        return [begun for alert in alerts if (begun := self._follow(alert)) is not None]
+        return [begun for alert in alerts for begun in self._follow(alert)]
 
-    def _follow(self, alert: Record) -> Episode | None:
-        entity, state = alert["entity"], alert["state"]
-        running = self._open.get(entity)
-        if state == "firing" and running is None:
+    def _follow(self, alert: Record) -> Iterator[Episode]:
+        entity, now_ms = alert["entity"], _milliseconds(alert["timestamp"])
+        wanted: dict[str | None, Episode] = {
+            channel: Episode(entity, now_ms, alert["anomaly_score"], (channel,), state=state)
+            for channel, state in alert["faulty"].items()
+        }
+        # To fire again while recovering is the same alert: nobody was told that it is over.
+        if alert["state"] in {"firing", "recovering"}:
             channels = alert["channels"]
             guiltiest = sorted(channels, key=lambda name: -channels[name]["contribution"])
-            begun = Episode(
-                entity,
-                _milliseconds(alert["timestamp"]),
-                alert["anomaly_score"],
-                tuple(guiltiest[:BLAMED]),
-            )
-            self._open[entity] = begun
-            self.episodes.append(begun)
-            return begun
-        # To fire again while recovering is the same alert: nobody was told that it is over.
-        if state not in {"firing", "recovering"} and running is not None:
-            running.end_ms = _milliseconds(alert["timestamp"])
-            del self._open[entity]
-        return None
+            blamed = tuple(guiltiest[:BLAMED])
+            wanted[None] = Episode(entity, now_ms, alert["anomaly_score"], blamed)
+        for channel in [c for e, c in self._open if e == entity and c not in wanted]:
+            self._open.pop((entity, channel)).end_ms = now_ms
+        for channel, begun in wanted.items():
+            if self._open.setdefault((entity, channel), begun) is begun:
+                self.episodes.append(begun)
+                yield begun
 
     def rows(self) -> list[FleetRow]:
         """Every entity as it is now, by name."""
@@ -183,6 +187,8 @@ def alert_line(episode: Episode, form: str = "%a %H:%M") -> str:
     """Tell of an alert in one line."""
     when = clock_text(episode.start_ms, form)
     blamed = ", ".join(episode.channels)
+    if episode.state != "firing":
+        return f"{when} {episode.entity} {blamed} is {episode.state}"
     return f"{when} {episode.entity} firing, score {episode.anomaly_score:.2f}: {blamed}"
 
 

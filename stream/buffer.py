@@ -14,7 +14,7 @@ After a crash the next owner restores the per-entity snapshots, starts again at 
 and runs the same code with `emit` off up to the committed offset ("priming").
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from stream.decide import AlertState
 from stream.learning import Learned, Learner, Pupil
-from stream.records import ReadingBatch
+from stream.records import ChannelState, ReadingBatch
 from tsdiff.history import RATE_LOOKBACK, counter_rates
+from tsdiff.runs import Counts, Runs, follow, too_long
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
@@ -45,6 +46,9 @@ class Profiles(Protocol):
 
     def statistics(self, row: int) -> tuple[Float32, Float32]:
         """Mean and scale (D,) of that row; of all entities together for -1."""
+
+    def longest_runs(self, rows: NDArray[np.int32]) -> Counts:
+        """Longest gaps and standstills (n, 2, D) that training saw in these rows."""
 
     def fit_statistics(
         self, count: NDArray[np.float64], total: NDArray[np.float64], total_sq: NDArray[np.float64]
@@ -155,6 +159,8 @@ class EntitySnapshot:
     """What it had learned when all that is looked back on began."""
     learned_by: str = ""
     """`Learner.key`: only the same model can go on from there."""
+    runs: Runs | None = None
+    """How long its channels have been silent or stood still, (D,) each."""
 
 
 class Span(NamedTuple):
@@ -184,6 +190,8 @@ class Closing(NamedTuple):
     present: NDArray[np.bool_]
     warming: NDArray[np.bool_]
     silent: NDArray[np.int64]
+    faulty: NDArray[np.int8]
+    """(n, T, D): 0 = neither, else 1 + the place in `CHANNEL_STATES`."""
     values: Float32
     emit: bool
     spans: tuple[Span, ...]
@@ -206,6 +214,7 @@ class _Entity:
     alert: AlertState
     sums: NDArray[np.float64] | None = None
     pupil: Pupil | None = None
+    faulty: Mapping[str, ChannelState] = field(default_factory=dict)
 
 
 @dataclass
@@ -263,6 +272,9 @@ class PartitionBuffer:
         grown("_history", (grid.history, grid.streams), np.float32, np.nan)
         grown("_mean", (grid.channels,), np.float32, 0.0)
         grown("_scale", (grid.channels,), np.float32, 1.0)
+        grown("_gap", (grid.channels,), np.int32, 0)
+        grown("_still", (grid.channels,), np.int32, 0)
+        grown("_last", (grid.channels,), np.float32, np.nan)
         grown("_model_row", (), np.int32, -1)
         grown("_first", (), np.int64, 0)
         grown("_ready", (), np.int64, 0)
@@ -281,6 +293,9 @@ class PartitionBuffer:
     _history: Float32 = field(init=False, repr=False)
     _mean: Float32 = field(init=False, repr=False)
     _scale: Float32 = field(init=False, repr=False)
+    _gap: Counts = field(init=False, repr=False)
+    _still: Counts = field(init=False, repr=False)
+    _last: Float32 = field(init=False, repr=False)
     _model_row: NDArray[np.int32] = field(init=False, repr=False)
     _first: NDArray[np.int64] = field(init=False, repr=False)
     _ready: NDArray[np.int64] = field(init=False, repr=False)
@@ -301,6 +316,8 @@ class PartitionBuffer:
         self._calm[row] = False
         self._history[row] = np.nan
         self._mean[row], self._scale[row] = self.profiles.statistics(model_row)
+        self._gap[row] = self._still[row] = 0
+        self._last[row] = np.nan
         self._model_row[row] = model_row
         self._first[row] = first_slot
         self._ready[row] = first_slot + (
@@ -346,6 +363,8 @@ class PartitionBuffer:
             entity.alert = snapshot.alert
             self._silent[row] = snapshot.silent
             self._restored[row] = self._snapshot[row] = snapshot.slot
+            if snapshot.runs is not None:
+                self._gap[row], self._still[row], self._last[row] = snapshot.runs
             pupil, learned = entity.pupil, snapshot.learned
             if pupil and learned and snapshot.learned_by == pupil.learner.key:
                 pupil.states = [learned]
@@ -389,6 +408,7 @@ class PartitionBuffer:
                     statistics=np.stack([self._mean[row], self._scale[row]]) if fitted else None,
                     learned=learned if learned and learned.state is not None else None,
                     learned_by=pupil.learner.key if pupil else "",
+                    runs=Runs(*(part[row].copy() for part in (self._gap, self._still, self._last))),
                 )
             )
         gone = [name for name in self._gone if name not in self.names]
@@ -603,6 +623,11 @@ class PartitionBuffer:
             present=present,
             warming=warming,
             silent=silent,
+            faulty=np.where(
+                (present & ~warming)[..., None],
+                self._follow_channels(rows, values, counted & born),
+                np.int8(0),
+            ),
             values=values,
             emit=not self.priming,
             spans=tuple(self._spans(rows, np.maximum(self._ready[rows], start), stop)),
@@ -613,6 +638,26 @@ class PartitionBuffer:
         if not self.priming:
             self._dirty.update(rows[(due & present).any(axis=1)].tolist())
         return closing
+
+    def _follow_channels(
+        self, rows: Rows, values: Float32, counted: NDArray[np.bool_]
+    ) -> NDArray[np.int8]:
+        """Which channels are dead or stuck after each of the slots, as `Closing.faulty`."""
+        known = self._model_row[rows] >= 0
+        limits = too_long(
+            self.profiles.longest_runs(self._model_row[rows]), self.grid.stale_after_slots
+        )
+        runs = Runs(self._gap[rows], self._still[rows], self._last[rows])
+        faulty = np.empty(values.shape, np.int8)
+        for t in range(values.shape[1]):
+            # What is not counted is in the runs already.
+            new = np.where(counted[:, t, None], values[:, t], np.nan)
+            runs = follow(runs, new, known[:, None])
+            faulty[:, t] = np.where(
+                runs.gap >= limits[:, 0], 1, np.where(runs.still >= limits[:, 1], 2, 0)
+            )
+        self._gap[rows], self._still[rows], self._last[rows] = runs
+        return faulty
 
     def _collect_statistics(
         self, rows: Rows, values: Float32, counted: NDArray[np.bool_], slots: NDArray[np.int64]

@@ -166,7 +166,7 @@ def backfill(
             f"the warm-up of {grid.warmup_slots} slots ({grid.newcomer_slots} for an entity never "
             "seen in training, detect.warmup_slots)"
         )
-    firing = [a for a in summary.alerts if a.state == "firing"]
+    firing = [a for a in summary.alerts if a.state == "firing" != a.previous]
     typer.echo(
         f"{summary.readings} readings of {len(history.entities)} entities, {summary.scores} scores "
         f"and {len(firing)} alerts -> {output}"

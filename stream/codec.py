@@ -15,6 +15,7 @@ from stream.decide import AlertState
 from stream.formats.base import Decoded
 from stream.learning import Learned
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
+from tsdiff.runs import Runs
 
 REASONS: Final = (
     "empty",
@@ -107,13 +108,14 @@ def encode_score(score: SlotScore) -> bytes:
             "state": score.state,
             "imputed_ratio": score.imputed_ratio,
             "model": score.model,
+            "faulty": score.faulty,
             "channels": _channels(score.channels),
         }
     )
 
 
 def encode_alert(alert: AlertEvent) -> bytes:
-    """One record of the alerts topic: a change of state."""
+    """One record of the alerts topic: a change of state, or of the channels that are faulty."""
     return _encoder.encode(
         {
             "entity": alert.entity,
@@ -123,6 +125,7 @@ def encode_alert(alert: AlertEvent) -> bytes:
             "since": rfc3339(alert.since_ms),
             "anomaly_score": alert.anomaly_score,
             "model": alert.model,
+            "faulty": alert.faulty,
             "channels": _channels(alert.channels),
         }
     )
@@ -212,6 +215,18 @@ def _unpack(text: str | None, dtype: type, rows: int | None = None) -> NDArray[A
     return array if rows is None else array.reshape(rows, -1)
 
 
+def _unpack_runs(packed: list[str] | None) -> Runs | None:
+    """Read back the run lengths; earlier versions kept none."""
+    if packed is None:
+        return None
+    gap, still, last = map(base64.b64decode, packed)
+    return Runs(
+        np.frombuffer(gap, np.int32),
+        np.frombuffer(still, np.int32),
+        np.frombuffer(last, np.float32),
+    )
+
+
 def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
     """One record of the state topic."""
     learned = snapshot.learned
@@ -227,6 +242,7 @@ def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
             "statistics": _pack(snapshot.statistics),
             "learned": learned and {"slot": learned.slot, "state": _pack(learned.state)},
             "learned_by": snapshot.learned_by,
+            "runs": snapshot.runs and [_pack(part) for part in snapshot.runs],
         }
     )
 
@@ -251,6 +267,7 @@ def decode_snapshot(value: bytes) -> EntitySnapshot | None:
             statistics=_unpack(record["statistics"], np.float32, 2),
             learned=learned and Learned(learned["slot"], _unpack(learned["state"], np.float32)),
             learned_by=record["learned_by"],
+            runs=_unpack_runs(record.get("runs")),
         )
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None

@@ -88,8 +88,7 @@ class Plan:
     live_seconds: float = 100.0
     quiet_slots: int = 60
     """Slots at the beginning of the live part in which nothing is wrong."""
-    # A channel that goes missing is no anomaly of values; it shows as imputed_ratio instead.
-    kinds: tuple[FaultKind, ...] = tuple(kind for kind in FAULT_KINDS if kind != "missing")
+    kinds: tuple[FaultKind, ...] = FAULT_KINDS
     late_share: float = 0.02
     max_late_slots: int = 3
     # A slot is over a period after its time, so this waits for all but the very latest.

@@ -26,7 +26,15 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from stream.codec import REASONS
-from stream.records import STATES, ChannelScore, PartitionId, SlotScore, State
+from stream.records import (
+    CHANNEL_STATES,
+    STATES,
+    ChannelScore,
+    ChannelState,
+    PartitionId,
+    SlotScore,
+    State,
+)
 
 # fetch waits for readings and decodes them; score is windows, model and alert rule; commit writes
 # everything and the offsets.
@@ -148,6 +156,14 @@ class ServiceMetrics:
             "tsdiff_entities", "Entities that are scored, by state.", ["state"], registry=registry
         )
         self.entities({})
+        self._channel_states = Gauge(
+            "tsdiff_channels",
+            "Channels without a reading (dead) or always with the same one (stuck), of all "
+            "entities.",
+            ["state"],
+            registry=registry,
+        )
+        self.channels({})
         self._model_info = Info("tsdiff_model", "The model that scores.", registry=registry)
         build = Info("tsdiff_build", "The version of tsdiff that runs.", registry=registry)
         build.info({"version": _version()})
@@ -224,6 +240,11 @@ class ServiceMetrics:
         """Say how many entities are in each state; a state left out has none."""
         for state in STATES:
             self._entity_states.labels(state).set(counts.get(state, 0))
+
+    def channels(self, counts: Mapping[ChannelState, int]) -> None:
+        """Say how many channels are dead and stuck; a state left out has none."""
+        for state in CHANNEL_STATES:
+            self._channel_states.labels(state).set(counts.get(state, 0))
 
     def model_info(self, model: str, *, period_ms: int, window: int) -> None:
         """Say which model scores, as name@hash."""
@@ -332,8 +353,9 @@ class _ConsumerLag:
 class _EntitySeries:
     """The last score of up to `max_entities` entities, made into gauges when they are asked for.
 
-    Who comes first is shown, with one exception: an entity whose alert is active takes the place
-    of one that is calm. Otherwise an alert among many entities would never reach Alertmanager.
+    Who comes first is shown, with one exception: an entity whose alert is active, or that has a
+    dead or stuck channel, takes the place of one that is calm. Otherwise an alert among many
+    entities would never reach Alertmanager.
     """
 
     def __init__(
@@ -356,7 +378,7 @@ class _EntitySeries:
         with self._lock:
             self._max_entities, self._top_channels = max_entities, top_channels
             # Alerts stay before calm ones, then whoever was here first.
-            calm_last = sorted(self._last, key=lambda e: self._last[e].state not in ALERTING)
+            calm_last = sorted(self._last, key=lambda e: not _urgent(self._last[e]))
             for entity in calm_last[max_entities:]:
                 self._remove(entity)
 
@@ -385,10 +407,10 @@ class _EntitySeries:
         for score in waiting:
             entity = score.entity
             if entity not in self._last and len(self._last) >= self._max_entities:
-                if score.state in ALERTING:
+                if _urgent(score):
                     if calm is None:
                         # Oldest last: they are taken from the end.
-                        calm = [e for e, s in self._last.items() if s.state not in ALERTING]
+                        calm = [e for e, s in self._last.items() if not _urgent(s)]
                         calm.reverse()
                     if calm:
                         self._remove(calm.pop())
@@ -424,7 +446,8 @@ class _EntitySeries:
             self._expire(self._clock())
             scores = list(self._last.values())
         families = self.describe()
-        (anomaly, active, ratio, expected, lower, upper, observed, imputed, stamp, state) = families
+        anomaly, active, ratio, expected, lower, upper, observed = families[:7]
+        imputed, stamp, state, of_state = families[7:]
         for score in scores:
             labels = {"entity": score.entity}
             if score.anomaly_score is not None:
@@ -436,6 +459,8 @@ class _EntitySeries:
                 state.add_sample(
                     state.name, {**labels, "state": known}, 1 if score.state == known else 0
                 )
+            for name, fault in score.faulty.items():
+                of_state.add_sample(of_state.name, {**labels, "channel": name, "state": fault}, 1)
             for name, channel in self._top(score):
                 of_channel = {**labels, "channel": name}
                 ratio.add_sample(ratio.name, of_channel, channel.contribution)
@@ -454,6 +479,11 @@ class _EntitySeries:
         if len(channels) <= self._top_channels:
             return list(channels)
         return heapq.nlargest(self._top_channels, channels, key=_contribution)
+
+
+def _urgent(score: SlotScore) -> bool:
+    """Whether somebody has to be told: such entities take the place of calm ones."""
+    return score.state in ALERTING or bool(score.faulty)
 
 
 def _contribution(item: tuple[str, ChannelScore]) -> float:
@@ -499,4 +529,9 @@ _ENTITY_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("entity",),
     ),
     ("tsdiff_entity_state", "1 for the state that the entity is in.", ("entity", "state")),
+    (
+        "tsdiff_channel_state",
+        "1 while the channel is dead (no readings) or stuck (always the same one).",
+        ("entity", "channel", "state"),
+    ),
 )

@@ -1,5 +1,6 @@
 """The records that flow through the loop: readings in, scores and alerts out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -8,6 +9,11 @@ from numpy.typing import NDArray
 
 State = Literal["ok", "pending", "firing", "recovering", "warming", "stale"]
 STATES: tuple[State, ...] = ("ok", "pending", "firing", "recovering", "warming", "stale")
+
+
+ChannelState = Literal["dead", "stuck"]
+CHANNEL_STATES: tuple[ChannelState, ...] = ("dead", "stuck")
+"""A dead channel has no readings, a stuck one always the same; for longer than training saw."""
 
 
 class PartitionId(NamedTuple):
@@ -79,11 +85,13 @@ class SlotScore:
     imputed_ratio: float
     model: str
     channels: dict[str, ChannelScore] = field(default_factory=dict)
+    faulty: Mapping[str, ChannelState] = field(default_factory=dict)
+    """Channels that are dead or stuck; a channel that is neither is not in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlertEvent:
-    """A change of an entity's alert state."""
+    """A change of an entity's alert state, or of its `faulty` channels (`state` may stay)."""
 
     entity: str
     timestamp_ms: int
@@ -93,3 +101,4 @@ class AlertEvent:
     anomaly_score: float | None
     channels: dict[str, ChannelScore]
     model: str
+    faulty: Mapping[str, ChannelState] = field(default_factory=dict)

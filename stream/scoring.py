@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from stream.buffer import Closing, Float32, PartitionBuffer, Profiles, Span
 from stream.decide import AlertPolicy, step
-from stream.records import AlertEvent, ChannelScore, SlotScore, State
+from stream.records import (
+    CHANNEL_STATES,
+    AlertEvent,
+    ChannelScore,
+    ChannelState,
+    SlotScore,
+    State,
+)
 
 # While an alert is on, all channels are worth keeping (outputs.channels: top).
 _ALERTING: frozenset[State] = frozenset({"pending", "firing", "recovering"})
@@ -207,6 +214,7 @@ def _judge(
     imputed = np.isnan(closing.values).mean(axis=2).tolist()
     warming, silent = closing.warming.tolist(), closing.silent.tolist()
     far = _far_enough(closing, scored, config)
+    broken: list[list[bool]] = np.any(closing.faulty, axis=2).tolist()
     period_ms = config.period_ms
     entities = [buffer.entity(row) for row in closing.rows.tolist()]
     for t in range(closing.present.shape[1]):
@@ -227,9 +235,12 @@ def _judge(
                 frozen=not closing.emit,
             )
             entity.alert = after
+            faulty = _faulty(closing.faulty[i, t], names) if broken[i][t] else {}
+            broke_or_mended = faulty != entity.faulty
+            entity.faulty = faulty
             if not closing.emit:
                 continue
-            wanted = config.channels == "all" or after.phase in _ALERTING
+            wanted = config.channels == "all" or after.phase in _ALERTING or broke_or_mended
             verdict = SlotScore(
                 entity=entity.name,
                 timestamp_ms=slot * period_ms,
@@ -241,12 +252,13 @@ def _judge(
                 channels={}
                 if score is None or (config.channels == "alerting" and not wanted)
                 else channels.pick(i, t, everything=wanted),
+                faulty=faulty,
             )
             verdicts.scores.append(verdict)
-            if after.phase == before.phase:
+            if after.phase == before.phase and not broke_or_mended:
                 continue
             buffer.mark_dirty(int(closing.rows[i]))
-            if before.phase == "warming" and after.phase == "ok":
+            if before.phase == "warming" and after.phase == "ok" and not broke_or_mended:
                 continue  # the end of the warm-up is nobody's alert
             verdicts.alerts.append(
                 AlertEvent(
@@ -258,8 +270,14 @@ def _judge(
                     anomaly_score=score,
                     channels=verdict.channels,
                     model=config.model,
+                    faulty=faulty,
                 )
             )
+
+
+def _faulty(codes: NDArray[np.int8], names: tuple[str, ...]) -> dict[str, ChannelState]:
+    """Read one slot's row of `Closing.faulty`."""
+    return {names[c]: CHANNEL_STATES[codes[c] - 1] for c in np.flatnonzero(codes).tolist()}
 
 
 def _far_enough(

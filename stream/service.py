@@ -18,7 +18,7 @@ from stream.codec import CommitMetadata
 from stream.errors import RetryableError
 from stream.http import Health
 from stream.metrics import Misplaced, ServiceMetrics
-from stream.records import PartitionId, ReadingBatch, State
+from stream.records import ChannelState, PartitionId, ReadingBatch, State
 from stream.scoring import Scorer, ScoringConfig, score_rounds
 from stream.sinks import Position, Round, Sink
 from stream.sources import RETRY_SECONDS, Resume, Source
@@ -166,8 +166,9 @@ class Service:
 
     def _fits(self, snapshot: EntitySnapshot) -> bool:
         depth = len(self._scorer.channels)
-        arrays = (snapshot.sums, snapshot.statistics)
-        return all(a is None or a.shape[1] == depth for a in arrays)
+        runs = snapshot.runs and snapshot.runs.last
+        arrays = (snapshot.sums, snapshot.statistics, runs)
+        return all(a is None or a.shape[-1] == depth for a in arrays)
 
     def _forget(self, partition: PartitionId) -> None:
         buffer = self._buffers.pop(partition, None)
@@ -227,13 +228,15 @@ class Service:
         metrics.scores(len(round_.scores))
         metrics.observe_scores(round_.scores)
         for alert in round_.alerts:
-            if "firing" in (alert.state, alert.previous):
+            # An alert of the same state is about its faulty channels.
+            if alert.state == alert.previous or "firing" in (alert.state, alert.previous):
                 _log.info(
                     "alert",
                     entity=alert.entity,
                     state=alert.state,
                     previous=alert.previous,
                     anomaly_score=alert.anomaly_score,
+                    faulty=dict(alert.faulty),
                     channels=list(alert.channels)[: self._scoring.top_channels],
                 )
 
@@ -277,6 +280,7 @@ class Service:
         )
         self._metrics.compilations(self._compiled_before + self._scorer.compilations)
         self._metrics.entities(self._states(now))
+        self._metrics.channels(self._faulty_channels())
 
     def _behind_s(self, partition: PartitionId, records: int) -> float:
         """How long ago the newest message taken was appended, while there are newer ones."""
@@ -295,6 +299,16 @@ class Service:
             else:
                 states.update(buffer.entity(row).alert.phase for row in buffer.names.values())
         return states
+
+    def _faulty_channels(self) -> Counter[ChannelState]:
+        """Channels that are dead or stuck, of all entities."""
+        faulty: Counter[ChannelState] = Counter()
+        for buffer in self._buffers.values():
+            for row in buffer.names.values():
+                found = buffer.entity(row).faulty
+                if found:
+                    faulty.update(found.values())
+        return faulty
 
     # -- faults --------------------------------------------------------------------------------
 

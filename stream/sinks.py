@@ -251,6 +251,7 @@ SCORES_SCHEMA: Final = pa.schema(
         ("state", pa.string()),
         ("imputed_ratio", pa.float64()),
         ("model", pa.string()),
+        ("faulty", pa.map_(pa.string(), pa.string())),
         ("channels", pa.map_(pa.string(), _CHANNEL)),
     ]
 )
@@ -295,6 +296,7 @@ class ParquetSink:
             columns["state"].append(score.state)
             columns["imputed_ratio"].append(score.imputed_ratio)
             columns["model"].append(score.model)
+            columns["faulty"].append(list(score.faulty.items()))
             columns["channels"].append([(n, c._asdict()) for n, c in score.channels.items()])
             if score.anomaly_score is not None:
                 self.scored.add(score.entity)

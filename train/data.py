@@ -15,6 +15,7 @@ from train.config import TrainConfig
 from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
 from tsdiff.normalize import Statistics, fit_statistics, normalize
+from tsdiff.runs import Counts, longest_runs
 from tsdiff.types import FloatArray
 from tsdiff.windows import to_grid
 
@@ -56,7 +57,8 @@ class HistoryLike(Protocol):
 class Dataset:
     """Series of all entities in normalised units (N_e, D) float32, NaN missing.
 
-    Rows before `split[e]` are for fitting, the rest are held out.
+    Rows before `split[e]` are for fitting, the rest are held out. `longest` (R+1, 2, D) are the
+    longest gaps and standstills of each entity, and in the last row of all.
     """
 
     channels: tuple[str, ...]
@@ -64,6 +66,7 @@ class Dataset:
     series: tuple[FloatArray, ...]
     split: tuple[int, ...]
     statistics: Statistics
+    longest: Counts
     fingerprint: str
 
 
@@ -108,6 +111,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
     if not any(np.isfinite(part).any() for part in fitting):
         raise HistoryError("expected readings in the history, every cell of it is missing")
     statistics = fit_statistics(fitting, config.model.scale_floor)
+    longest = np.stack([longest_runs(grid) for grid in grids])
     series = []
     for row, grid in enumerate(grids):
         z = normalize(grid, statistics.mean[row], statistics.scale[row], config.model.clip)
@@ -118,5 +122,6 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         series=tuple(series),
         split=split,
         statistics=statistics,
+        longest=np.concatenate([longest, longest.max(0, keepdims=True)]),
         fingerprint=digest.hexdigest(),
     )

@@ -27,6 +27,7 @@ from tsdiff.config import Adapt
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
+from tsdiff.runs import Counts
 from tsdiff.types import DoubleArray, FloatArray, IntArray
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -211,6 +212,7 @@ class Detector:
             self._statistics = Statistics(
                 *(_float(bundle, f"statistics.{name}") for name in Statistics.__annotations__)
             )
+            self._longest = np.asarray(bundle.arrays["runs.longest"], np.int32)
             fitted = Calibration(
                 *(
                     jnp.asarray(_float(bundle, f"calibration.{name}"))
@@ -272,6 +274,10 @@ class Detector:
     def statistics(self, row: int) -> tuple[FloatArray, FloatArray]:
         """Mean and scale (D,) of a row; row -1 is the pooled one."""
         return self._statistics.mean[row].copy(), self._statistics.scale[row].copy()
+
+    def longest_runs(self, rows: IntArray) -> Counts:
+        """Longest gaps and standstills (n, 2, D) that training saw in these rows (-1: in all)."""
+        return self._longest[rows]
 
     def fit_statistics(
         self, count: DoubleArray, total: DoubleArray, total_sq: DoubleArray

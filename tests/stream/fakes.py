@@ -83,9 +83,11 @@ class FakeScorer:
         *,
         lag: int = 0,
         adaptation: FakeLearner | None = None,
+        longest: int = 2**20,
     ) -> None:
         self.known = known if known is not None else {"a": 0, "b": 1, "c": 2}
         self.lag, self.history, self.adaptation = lag, 3 + lag, adaptation
+        self.longest = longest
         self.calls: list[tuple[int, ...]] = []
 
     def grid(self, **changes: int) -> Grid:
@@ -99,6 +101,9 @@ class FakeScorer:
 
     def statistics(self, row: int) -> tuple[Float32, Float32]:
         return np.full(2, max(row, 0), np.float32), np.full(2, 2, np.float32)
+
+    def longest_runs(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.full((len(rows), 2, 2), self.longest, np.int32)
 
     def fit_statistics(
         self, count: NDArray[np.float64], total: NDArray[np.float64], total_sq: NDArray[np.float64]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_np
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.codec import (
@@ -31,6 +32,7 @@ from stream.errors import DecodeError
 from stream.formats.base import MAX_ENTITY_CHARS, Decoded
 from stream.formats.native import decode_native
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
+from tsdiff.runs import Runs
 
 NOON = 1_795_435_200_000  # 2026-11-23T12:00:00Z
 LAST = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
@@ -329,7 +331,15 @@ def test_every_zone_is_the_same_moment(local: datetime, minutes: int) -> None:
 
 def test_a_score_as_a_record() -> None:
     score = SlotScore(
-        "web-17", NOON, 1.25, 0.001, "firing", 0.5, "m@0", {"cpu": CHANNEL, "a": CHANNEL}
+        "web-17",
+        NOON,
+        1.25,
+        0.001,
+        "firing",
+        0.5,
+        "m@0",
+        {"cpu": CHANNEL, "a": CHANNEL},
+        {"a": "stuck"},
     )
     record = json.loads(encode_score(score))
     assert list(record["channels"]) == ["cpu", "a"]
@@ -341,6 +351,7 @@ def test_a_score_as_a_record() -> None:
         "state": "firing",
         "imputed_ratio": 0.5,
         "model": "m@0",
+        "faulty": {"a": "stuck"},
         "channels": {"cpu": CHANNEL._asdict(), "a": CHANNEL._asdict()},
     }
 
@@ -377,6 +388,7 @@ def test_an_alert_as_a_record() -> None:
         "since": "2026-11-23T11:59:00Z",
         "anomaly_score": 1.5,
         "model": "m@0",
+        "faulty": {},
         "channels": {"cpu": CHANNEL._asdict()},
     }
 
@@ -442,6 +454,15 @@ def arrays(rows: int, dtype: type) -> st.SearchStrategy[np.ndarray | None]:
     return st.none() | numbers.map(lambda x: np.array(x, dtype).reshape(rows, 2))
 
 
+COUNTS_OF_CHANNELS = st_np.arrays(np.int32, 2)
+RUNS = st.builds(
+    Runs,
+    COUNTS_OF_CHANNELS,
+    COUNTS_OF_CHANNELS,
+    st_np.arrays(np.float32, 2),
+)
+
+
 @given(
     st.builds(
         EntitySnapshot,
@@ -452,6 +473,7 @@ def arrays(rows: int, dtype: type) -> st.SearchStrategy[np.ndarray | None]:
         ALERTS,
         arrays(3, np.float64),
         arrays(2, np.float32),
+        runs=st.none() | RUNS,
     )
 )
 @settings(max_examples=100, deadline=None)
@@ -461,6 +483,10 @@ def test_a_snapshot_comes_back_as_it_was(snapshot: EntitySnapshot) -> None:
     for name in ("entity", "slot", "first_slot", "silent", "alert"):
         assert getattr(back, name) == getattr(snapshot, name)
     assert type(back.alert) is AlertState
+    assert (back.runs is None) == (snapshot.runs is None)
+    for ours, theirs in zip(snapshot.runs or (), back.runs or (), strict=True):
+        assert theirs.dtype == ours.dtype
+        np.testing.assert_array_equal(theirs, ours)
     for name in ("sums", "statistics"):
         ours, theirs = getattr(snapshot, name), getattr(back, name)
         assert (ours is None) == (theirs is None)
@@ -492,10 +518,17 @@ def edited(change: Callable[[dict[str, Any]], object]) -> bytes:
         edited(lambda r: r.update(sums="not base64!")),
         edited(lambda r: r.update(sums="AAAA")),
         edited(lambda r: r.update(sums=17)),
+        edited(lambda r: r.update(runs=["AAAA"])),
     ],
 )
 def test_state_of_another_version_is_left_alone(value: bytes) -> None:
     assert decode_snapshot(value) is None
+
+
+def test_state_of_before_runs_were_kept_is_read() -> None:
+    snapshot = decode_snapshot(edited(lambda r: r.pop("runs")))
+    assert snapshot is not None
+    assert snapshot.runs is None
 
 
 OFFSETS = st.integers(0, 2**63 - 1)

@@ -20,12 +20,12 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.structs import OffsetAndMetadata
 from rich.console import Console
 
-from stream.board import Board, Episode, Record
+from stream.board import Board, Episode, Record, alert_line
 from stream.codec import rfc3339
 from stream.demo import GRACE_SLOTS, Plan, judge, out_of_order, run_demo
 from stream.embedded import EmbeddedBroker
 from stream.host import _UNITS, HostSampler, _Ticks, run_host
-from stream.simulate import Arrivals, Fault, FaultKind
+from stream.simulate import FAULT_KINDS, Arrivals, Fault, FaultKind
 from tests.conftest import ROOT
 from tsdiff.bundle import Bundle
 from tsdiff.errors import ConfigError, TsdiffError
@@ -147,6 +147,7 @@ def record(entity: str, slot: int, state: str, **more: Any) -> Record:  # noqa: 
         "timestamp": rfc3339(slot * PERIOD_MS),
         "state": state,
         "anomaly_score": 1.25,
+        "faulty": {},
         "channels": {
             "cpu": {**channel, "contribution": 0.2},
             "mem": {**channel, "contribution": 0.7},
@@ -173,6 +174,28 @@ def test_the_board_counts_nothing_twice_and_knows_one_alert_from_two() -> None:
     (row,) = board.rows()
     assert (row.entity, row.state, row.top_channel, row.unit) == ("a", "firing", "mem", "%")
     assert row.last_alert == "Thu 00:17 mem, cpu"
+
+
+def test_a_channel_that_is_dead_or_stuck_is_told_once_and_until_it_is_well() -> None:
+    board = Board({})
+    states: list[dict[str, str]] = [
+        {"mem": "dead"},
+        {"mem": "dead", "cpu": "stuck"},
+        {"cpu": "stuck"},
+        {},
+        {"cpu": "dead"},
+    ]
+    for i, faulty in enumerate(states):
+        state = "firing" if i == 2 else "ok"
+        board.take([], [record("a", 10 + i, state, faulty=faulty)])
+    told = [(e.state, e.channels[0], e.start_ms // PERIOD_MS, e.end_ms) for e in board.episodes]
+    assert told == [
+        ("dead", "mem", 10, 12 * PERIOD_MS),
+        ("stuck", "cpu", 11, 13 * PERIOD_MS),
+        ("firing", "mem", 12, 13 * PERIOD_MS),
+        ("dead", "cpu", 14, None),
+    ]
+    assert alert_line(board.episodes[1]) == "Thu 00:11 a cpu is stuck"
 
 
 def test_entities_are_shown_in_the_order_of_their_numbers() -> None:
@@ -260,12 +283,10 @@ def test_json_is_the_last_line_whatever_else_is_said() -> None:
         )
     (line,) = answer.stdout.splitlines()
     summary = json.loads(line)
-    assert summary["faults"] == 6
-    assert {detail["kind"] for detail in summary["details"]} == {
-        "spike", "level_shift", "slow_drift", "stuck", "broken_correlation", "dead",
-    }  # fmt: skip
-    assert len({detail["entity"] for detail in summary["details"]}) == 6
-    assert summary["caught"] >= 3
+    assert summary["faults"] == 7
+    assert {detail["kind"] for detail in summary["details"]} == set(FAULT_KINDS)
+    assert len({detail["entity"] for detail in summary["details"]}) == 7
+    assert summary["caught"] >= 5
     assert "Traceback" not in answer.stderr
     assert "a free port is taken instead" in answer.stderr
 

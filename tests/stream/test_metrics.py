@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stream.http import Health, MetricsServer
 from stream.metrics import STAGES, ServiceMetrics
-from stream.records import STATES, ChannelScore, PartitionId, SlotScore, State
+from stream.records import (
+    STATES,
+    ChannelScore,
+    ChannelState,
+    PartitionId,
+    SlotScore,
+    State,
+)
 from tests.conftest import require_program
 
 CHANNELS = ("cpu", "mem", "disk")
@@ -35,14 +42,20 @@ class _Clock:
 
 
 def slot(
-    entity: str, state: State = "ok", anomaly_score: float | None = 0.25, timestamp_ms: int = 60_000
+    entity: str,
+    state: State = "ok",
+    anomaly_score: float | None = 0.25,
+    timestamp_ms: int = 60_000,
+    faulty: Mapping[str, ChannelState] | None = None,
 ) -> SlotScore:
     channels = {
         "cpu": ChannelScore(0.9, 0.4, 0.3, 0.5, 0.7),
         "mem": ChannelScore(None, 2.0, 1.0, 3.0, 0.0),
         "disk": ChannelScore(5.0, 5.5, 5.0, 6.0, 0.3),
     }
-    return SlotScore(entity, timestamp_ms, anomaly_score, 0.01, state, 1 / 3, "m@0", channels)
+    return SlotScore(
+        entity, timestamp_ms, anomaly_score, 0.01, state, 1 / 3, "m@0", channels, faulty or {}
+    )
 
 
 def build(
@@ -78,7 +91,8 @@ def fill(metrics: ServiceMetrics) -> None:
     metrics.config_reload(True)
     metrics.rebalance()
     metrics.recovery("crash")
-    metrics.observe_scores([slot("web-1"), slot("web-2", "firing", 3.5)])
+    metrics.observe_scores([slot("web-1"), slot("web-2", "firing", 3.5, faulty={"mem": "dead"})])
+    metrics.channels({"dead": 1})
 
 
 @pytest.fixture
@@ -109,6 +123,8 @@ PROMISED = {
     "tsdiff_imputed_ratio": ("gauge", {"entity"}),
     "tsdiff_score_timestamp_seconds": ("gauge", {"entity"}),
     "tsdiff_entity_state": ("gauge", {"entity", "state"}),
+    "tsdiff_channel_state": ("gauge", {"entity", "channel", "state"}),
+    "tsdiff_channels": ("gauge", {"state"}),
     "tsdiff_readings_total": ("counter", set()),
     "tsdiff_late_readings_total": ("counter", set()),
     "tsdiff_duplicate_readings_total": ("counter", set()),

@@ -37,7 +37,8 @@ class Kind:
     lag: int
 
     def scorer(self) -> FakeScorer:
-        return FakeScorer(lag=self.lag, adaptation=FakeLearner() if self.learns else None)
+        learner = FakeLearner() if self.learns else None
+        return FakeScorer(lag=self.lag, adaptation=learner, longest=1)
 
 
 PLAIN = Kind(learns=False, lag=0)
@@ -97,13 +98,17 @@ def told(committed: Committed) -> list[tuple[object, ...]]:
             None if s.anomaly_score is None else round(s.anomaly_score, 4),
             s.state,
             round(s.imputed_ratio, 4),
+            tuple(s.faulty.items()),
         )
         for s in committed.scores
     )
 
 
 def changes(committed: Committed) -> list[tuple[object, ...]]:
-    return sorted((a.entity, a.timestamp_ms, a.state, a.previous) for a in committed.alerts)
+    return sorted(
+        (a.entity, a.timestamp_ms, a.state, a.previous, tuple(a.faulty.items()))
+        for a in committed.alerts
+    )
 
 
 @st.composite
@@ -181,7 +186,7 @@ def test_a_crash_at_every_commit(every: int, kind: Kind) -> None:
     assert told(crashing) == told(undisturbed)
     assert changes(crashing) == changes(undisturbed)
     # It is not the empty list that is equal: the fault was seen, the absent one was forgotten.
-    assert ("a", "firing") in {(entity, state) for entity, _, state, _ in changes(undisturbed)}
+    assert ("a", "firing") in {(entity, state) for entity, _, state, *_ in changes(undisturbed)}
     assert {s.state for s in undisturbed.scores} >= {"warming", "ok", "firing", "stale"}
     slots_of_b = [s.timestamp_ms for s in undisturbed.scores if s.entity == "b"]
     assert 490 in slots_of_b

@@ -31,6 +31,9 @@ class Scripted(FakeScorer):
     def statistics(self, row: int) -> tuple[Float32, Float32]:
         return np.zeros(4, np.float32), np.ones(4, np.float32)
 
+    def longest_runs(self, rows: NDArray[np.int32]) -> NDArray[np.int32]:
+        return np.full((len(rows), 2, 4), 2**20, np.int32)
+
     def detect(
         self,
         values: Float32,
