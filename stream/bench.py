@@ -92,11 +92,7 @@ def run_bench(
             f"{seconds:g}"
         )
     with tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder:
-        if model is None:
-            say(f"training a tiny model of {channels} channels")
-            model = Path(folder) / "bundle"
-            save_bundle(tiny_bundle(train, channels), model)
-        bundle = load_bundle(model)  # a bundle that cannot be used is said here, in one line
+        model, bundle = _model_of(train, model, channels, Path(folder), say)
         say(f"measuring {bundle.version} on one core")
         found: Record = {"model": bundle.version, "channels": len(bundle.channels)}
         found |= in_process(task("measure", model, str(seconds)), one_core())
@@ -106,14 +102,68 @@ def run_bench(
         say("starting with one")
         warm = in_process(task("start", model), cache)
     del found["seconds"]  # of measuring: nobody's business
-    # Fed by a broker: not measured yet.
-    unknown = ("readings_per_second", "latency_p50_seconds", "latency_p99_seconds")
-    found |= dict.fromkeys(unknown)
     found["peak_memory_bytes"] = cold["peak_memory_bytes"]
     found["seconds_to_first_score"] = cold["seconds"]
     found["seconds_to_first_score_cached"] = warm["seconds"]
+    return _answer(found)
+
+
+def run_service_bench(
+    train: Train,
+    model: Path | None,
+    servers: str,
+    *,
+    channels: int = 38,
+    entities: int = 1000,
+    backlog: int = 100_000,
+    rate: float = 5_000.0,
+    seconds: float = 30.0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Record:
+    """Measure the service on a real broker, with a bundle or a tiny one trained here.
+
+    Raises:
+        ConfigError: an option is out of its range.
+        TsdiffError: see `stream.bench_kafka.run_kafka_bench`.
+
+    """
+    from stream.bench_kafka import run_kafka_bench  # noqa: PLC0415 - loads kafka-python
+
+    if min(channels, entities, backlog) < 1 or min(rate, seconds) <= 0:
+        raise ConfigError(
+            "expected --channels, --entities and --backlog of at least 1, --rate and --seconds "
+            f"above 0, got {channels}, {entities}, {backlog}, {rate:g} and {seconds:g}"
+        )
+    with tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder:
+        model, bundle = _model_of(train, model, channels, Path(folder), say)
+        found: Record = {"model": bundle.version, "channels": len(bundle.channels)}
+        found |= run_kafka_bench(
+            model,
+            servers,
+            entities=entities,
+            backlog=backlog,
+            rate=rate,
+            seconds=seconds,
+            say=say,
+        )
+    return _answer(found)
+
+
+def _model_of(
+    train: Train, model: Path | None, channels: int, folder: Path, say: Callable[[str], None]
+) -> tuple[Path, Bundle]:
+    """Return what was given, or a tiny bundle of that many channels."""
+    if model is None:
+        say(f"training a tiny model of {channels} channels")
+        model = folder / "bundle"
+        save_bundle(tiny_bundle(train, channels), model)
+    return model, load_bundle(model)  # one that cannot be used is said here, in one line
+
+
+def _answer(found: Record) -> Record:
+    """What is promised first, null where it was not measured; then all the rest."""
     found |= {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    return {key: found.pop(key) for key in KEYS} | found
+    return {key: found.pop(key, None) for key in KEYS} | found
 
 
 def tiny_bundle(train: Train, channels: int) -> Bundle:
@@ -579,14 +629,49 @@ def as_text(found: Record) -> str:
             f"{research:.2f} windows/s ({_RESEARCH_STEPS} steps x {_RESEARCH_SAMPLES} samples): "
             f"{rate / research:,.0f} times slower",
         ),
-        ("end to end", "not measured: readings/s and latency need a broker"),
+        ("end to end", "not measured here: `tsdiff bench --kafka HOST:PORT`"),
     ]
-    width = max(len(name) for name, _ in facts)
-    lines = [f"{name:<{width}}  {text}" for name, text in facts]
-    lines += ["", *_rate_table(found["rates"])]
+    lines = [*_facts(facts), "", *_rate_table(found["rates"])]
     if found["core_share"] < 0.9:
         lines += ["", f"busy machine: the core was ours {found['core_share']:.0%} of the time"]
     return "\n".join(lines)
+
+
+def service_text(found: Record) -> str:
+    """Lay out what `run_service_bench` found."""
+    shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found["stage_share"].items())
+    p50, p99 = found["latency_p50_seconds"], found["latency_p99_seconds"]
+    memory = found["peak_service_memory_bytes"]
+    facts = [
+        ("model", f"{found['model']}, {found['channels']} channels"),
+        ("machine", f"{found['cpu']}, {found['cores']} cores for broker, producer and service"),
+        ("entities", f"{found['entities']:,}"),
+        (
+            "backlog",
+            f"{found['readings_per_second']:,.0f} readings/s; what was waiting was worked off in "
+            f"{found['lag_recovery_seconds']:.1f} s",
+        ),
+        ("time goes to", f"{shares} (of the wall time of the backlog)"),
+        (
+            "latency",
+            f"append to metric at {found['rate']:,.0f} readings/s: "
+            + ("none measured" if p50 is None else f"p50 {p50:.3f} s, p99 {p99:.3f} s")
+            + f"; {found['rate_share_kept']:.0%} of the rate was sent",
+        ),
+        ("lag at the end", f"{found['lag_at_end_seconds']:.1f} s"),
+        ("peak memory", "unknown" if memory is None else f"{memory / 2**20:,.0f} MiB"),
+        (
+            "lost",
+            f"{found['late_readings']:.0f} readings too late, {found['dead_letters']:.0f} dead "
+            "letters",
+        ),
+    ]
+    return "\n".join(_facts(facts))
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in facts)
+    return [f"{name:<{width}}  {text}" for name, text in facts]
 
 
 def _rate_table(rates: Sequence[Record]) -> list[str]:

@@ -437,12 +437,29 @@ def bench(
     as_json: Annotated[
         bool, typer.Option("--json", help="One line of JSON, for machines.")
     ] = False,
-    seconds: Annotated[float, typer.Option(help="Time for measuring windows/s, in all.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option(help="Time for measuring windows/s, in all, or for the steady --rate.")
+    ] = 10.0,
+    kafka: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Measure the service on this broker, in topics of its own."
+        ),
+    ] = None,
+    entities: Annotated[int, typer.Option(help="Entities that send readings (--kafka).")] = 1000,
+    backlog: Annotated[
+        int, typer.Option(help="Readings that wait when the service starts (--kafka).")
+    ] = 100_000,
+    rate: Annotated[
+        float, typer.Option(help="Readings a second afterwards, for --seconds (--kafka).")
+    ] = 5_000.0,
 ) -> None:
     """Measure scoring on this machine: windows/s on one core, compilation, memory, cold start.
 
     Rates are wall time, the median of several repetitions, pinned to one core where the system
-    allows it. What needs a broker (readings/s, latency) is not measured yet, and null in the JSON.
+    allows it. With --kafka it is the service that is measured instead, from the topic to its
+    metrics: readings/s of a backlog, latency at a steady rate, memory. What was not measured is
+    null in the JSON.
 
     Examples:
 
@@ -451,14 +468,28 @@ def bench(
         tsdiff bench -m bundle --seconds 30
 
         tsdiff bench --channels 12 --json
-    """
-    from stream.bench import as_text, run_bench  # noqa: PLC0415
 
-    found = run_bench(
-        context.obj.train,
+        tsdiff bench --kafka localhost:9092 --entities 100000 --rate 2000
+    """
+    from stream.bench import as_text, run_bench, run_service_bench, service_text  # noqa: PLC0415
+
+    def say(text: str) -> None:
+        _err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    train = context.obj.train
+    if kafka is None:
+        found = run_bench(train, model, channels=channels, seconds=seconds, say=say)
+        typer.echo(json.dumps(found) if as_json else as_text(found))
+        return
+    found = run_service_bench(
+        train,
         model,
+        kafka,
         channels=channels,
+        entities=entities,
+        backlog=backlog,
+        rate=rate,
         seconds=seconds,
-        say=lambda text: _err.print(text, highlight=False, markup=False, soft_wrap=True),
+        say=say,
     )
-    typer.echo(json.dumps(found) if as_json else as_text(found))
+    typer.echo(json.dumps(found) if as_json else service_text(found))

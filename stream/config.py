@@ -333,6 +333,12 @@ class InputSection(_Section):
         description="Bytes of the largest message that is read; a larger one is dead-lettered. "
         "1 MiB is the most that a broker accepts by default",
     )
+    stall_after_ms: PositiveDurationMs = _duration(
+        "stall_after",
+        "2m",
+        "A partition that is not read on for so long, while it grows, is begun again from the "
+        "last commit, and at the second time ends the service with exit status 1",
+    )
     security: SecuritySection = Field(
         default_factory=SecuritySection,
         description="How to be let in by the brokers",

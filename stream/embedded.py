@@ -34,10 +34,10 @@ _START_SECONDS: Final = 10.0
 _STOP_SECONDS: Final = 20.0
 
 
-def missing_extra(package: str) -> TsdiffError:
+def missing_extra(package: str, command: str = "tsdiff demo") -> TsdiffError:
     """Say what to install."""
     return TsdiffError(
-        f"`tsdiff demo` needs the package {package}, which is not installed; "
+        f"`{command}` needs the package {package}, which is not installed; "
         "install it with: pip install 'tsdiff[demo]'"
     )
 

@@ -116,6 +116,8 @@ class Service:
             polled = self._source.poll()
         if polled.revoked or polled.assigned:
             self._metrics.rebalance()
+        for _ in range(polled.stalled):
+            self._metrics.recovery("stall")
         for partition in polled.revoked:
             self._forget(partition)
         for partition, resume in polled.assigned.items():

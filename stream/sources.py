@@ -44,6 +44,8 @@ RETRY_SECONDS: Final = 2.0
 POLL_MS: Final = 200
 # The state topic is read in one go at each assignment.
 STATE_TIMEOUT_S: Final = 60.0
+# A look at whether partitions stall may hold up the loop no longer than this.
+_LOOK_MS: Final = 2_000
 
 
 Loss = Literal["readings", "replay", "metadata", "log", "offsets", "partitions"]
@@ -86,6 +88,8 @@ class Polled:
     revoked: set[PartitionId] = field(default_factory=set)
     generation: Any = None
     """Whom the group took us for when these readings were read: it fences late commits."""
+    stalled: int = 0
+    """Partitions that were not read on, and are begun again."""
     ended: bool = False
 
 
@@ -220,6 +224,46 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         self._events.append(("revoked", list(lost)))
 
 
+class StallWatch:
+    """Notices partitions that are not read on although they grow. Times are monotonic seconds."""
+
+    def __init__(self, after_s: float) -> None:
+        self.after_s = after_s
+        self._next_look = 0.0
+        # Where each partition stood (None: begun again, not looked at since) and ended, since
+        # when, and whether it stalled before.
+        self._stands: dict[TopicPartition, tuple[int | None, int, float, bool]] = {}
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to look again: a look costs the broker a request."""
+        if now < self._next_look:
+            return False
+        self._next_look = now + self.after_s / 4
+        return True
+
+    def look(
+        self,
+        positions: Mapping[TopicPartition, int],
+        ends: Mapping[TopicPartition, int],
+        now: float,
+    ) -> dict[TopicPartition, bool]:
+        """Return the partitions that stall, and of each whether it did so before (True)."""
+        stalled = {}
+        before, self._stands = self._stands, {}
+        for partition, position in positions.items():
+            end = ends[partition]
+            stood, ended, since, again = before.get(partition, (None, end, now, False))
+            stands: tuple[int | None, int, float, bool]
+            stands = (position, end, now, again and stood is None)
+            if position == stood and position < end:
+                stands = (stood, ended, since, again)
+                if now - since >= self.after_s and end > ended:
+                    stalled[partition] = again
+                    stands = (None, end, now, True)
+            self._stands[partition] = stands
+        return stalled
+
+
 class KafkaSource:
     """A member of a consumer group that decodes messages itself, so that none can stop it."""
 
@@ -244,6 +288,7 @@ class KafkaSource:
         self._positions: dict[TopicPartition, int] = {}
         self._partition_count = 0
         self._rewind = False
+        self._stalls = StallWatch(config.input.stall_after_ms / 1000)
         try:
             self._consumer = connect(
                 KafkaConsumer,
@@ -276,6 +321,7 @@ class KafkaSource:
         # generation, and the broker refuses a commit under an earlier one.
         polled.generation = self._consumer.group_metadata()
         try:
+            self._notice_stalls(polled)
             self._follow_group(polled)
             self._take(fetched, polled)
         except KafkaError as error:
@@ -317,6 +363,32 @@ class KafkaSource:
         except KafkaError as error:
             raise RetryableError(f"fetching failed: {error!r}") from error
         return fetched
+
+    def _notice_stalls(self, polled: Polled) -> None:
+        """Begin again, and in the end give up, where nothing is read of what there is to read."""
+        if not self._stalls.due(time.monotonic()):
+            return
+        partitions = sorted(self._positions.keys() & self._consumer.assignment())
+        try:
+            ends = self._consumer.end_offsets(partitions, timeout_ms=_LOOK_MS)
+            positions = {p: self._consumer.position(p, timeout_ms=_LOOK_MS) for p in partitions}
+        except KafkaError:
+            return  # a broker that does not answer is no stall, and is waited for elsewhere
+        stalled = self._stalls.look(positions, ends, time.monotonic())
+        for partition, again in stalled.items():
+            where = (
+                f"{partition.topic} partition {partition.partition} stands at offset "
+                f"{positions[partition]} while its end has grown to {ends[partition]}, for "
+                f"{self._stalls.after_s:g} s (input.stall_after)"
+            )
+            if again:
+                raise StreamError(
+                    f"expected readings, {where}, also after beginning again from the commit; "
+                    "start the service again, and look at the broker's log"
+                )
+            _log.warning(f"beginning again from the commit: {where}", reason="stall")
+            polled.stalled += 1
+            self._rewind = True
 
     def _follow_group(self, polled: Polled) -> None:
         assigned: set[TopicPartition] = set()

@@ -18,13 +18,20 @@ from structlog.testing import capture_logs
 
 from stream.codec import CommitMetadata
 from stream.config import ServiceConfig, load_config
-from stream.errors import RetryableError
+from stream.errors import RetryableError, StreamError
 from stream.formats.native import decode_native
 from stream.http import Health
 from stream.metrics import ServiceMetrics
 from stream.service import Service
 from stream.sinks import KafkaSink
-from stream.sources import LOSSES, KafkaSource, Resume, read_snapshots, where_to_resume
+from stream.sources import (
+    LOSSES,
+    KafkaSource,
+    Resume,
+    StallWatch,
+    read_snapshots,
+    where_to_resume,
+)
 from stream.topics import partition_count, prepare_topics
 from tests.conftest import MakeTopic
 from tests.stream.fakes import SCORING, FakeScorer
@@ -335,6 +342,61 @@ def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_ov
     assert len(found) == 79 + 20  # the round that was not committed is there twice
     assert sorted(set(found)) == slots(*FIRST_LIFE, (range(59, 79), "ok"))
     assert not live.lost()
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_partition_that_stalls_is_begun_again_and_then_given_up(
+    heals: bool, bench: Bench
+) -> None:
+    bench.first_life()
+    bench.config = bench.config.model_copy(
+        update={"input": bench.config.input.model_copy(update={"stall_after_ms": 2000})}
+    )
+    live = bench.start()
+    bench.send(range(61, 71))
+    live.score(10)
+    # What a client that has lost track of a partition looks like: nothing comes, nothing fails.
+    live.source.consumer.pause(bench.partition)
+
+    def stalled() -> bool:
+        bench.send(range(71, 72))
+        return live.count("recoveries", reason="stall") > 0
+
+    live.until(stalled)
+    if heals:
+        live.source.consumer.resume(bench.partition)
+        bench.send(range(72, 75))
+        live.score(4)
+        assert bench.states() == slots(*FIRST_LIFE, (range(59, 73), "ok"))
+        return
+
+    def never() -> bool:
+        bench.send(range(72, 73))
+        return False
+
+    with pytest.raises(StreamError, match=r"also after beginning again from the commit; start"):
+        live.until(never)
+
+
+def test_only_what_stands_still_while_it_could_go_on_stalls() -> None:
+    one, two = TopicPartition("t", 0), TopicPartition("t", 1)
+    watch = StallWatch(after_s=10)
+    assert watch.due(0)
+    assert not watch.due(2)
+    assert watch.due(2.5)
+    assert watch.look({one: 5, two: 5}, {one: 9, two: 5}, 0) == {}
+    # The first one's end does not grow, the second is where there is nothing more to read.
+    assert watch.look({one: 5, two: 5}, {one: 9, two: 5}, 20) == {}
+    # They grew, but the second one was read to its end a moment ago.
+    assert watch.look({one: 5, two: 5}, {one: 10, two: 9}, 21) == {one: False}
+    # Begun again, it stands elsewhere: that is no progress yet.
+    assert watch.look({one: 3, two: 9}, {one: 11, two: 9}, 22) == {}
+    assert watch.look({one: 3, two: 9}, {one: 12, two: 9}, 31) == {}
+    assert watch.look({one: 3, two: 9}, {one: 12, two: 9}, 32) == {one: True}
+    # It moved: all is forgotten.
+    assert watch.look({one: 4}, {one: 13}, 33) == {}
+    assert watch.look({one: 5}, {one: 14}, 34) == {}
+    assert watch.look({one: 5}, {one: 15}, 44) == {one: False}
 
 
 METADATA = CommitMetadata(replay_offset=40, replay_watermark_ms=1, watermark_ms=2, period_ms=10)

@@ -1,0 +1,370 @@
+"""`tsdiff bench --kafka`: the service as its users run it, on a real broker, measured from outside.
+
+    producer (librdkafka) -> topic of two partitions -> `tsdiff run`, a process -> its four topics
+       warm-up and a backlog, sent before it starts        its /metrics, asked now and then
+       then readings at a steady rate
+
+Broker, producer and service share the cores of one machine; what is measured is what is left to
+the service. Everything goes to topics of a random name, which are deleted at the end.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError
+from prometheus_client.parser import text_string_to_metric_families
+
+from stream.clients import connect
+from stream.embedded import missing_extra
+from stream.errors import StreamError
+from stream.metrics import STAGES
+from tsdiff.bundle import load_bundle
+from tsdiff.errors import TsdiffError
+
+Record = dict[str, Any]
+
+_PARTITIONS: Final = 2
+_WARMUP_SLOTS: Final = 16
+"""Slots that statistics are collected from: newcomers are not scored before, which is cheaper."""
+_START_S: Final = 120.0
+# Nothing more is read for so long: it is over, or something is wrong.
+_SILENCE_S: Final = 60.0
+_VARIANTS: Final = 64
+_STEP_S: Final = 0.02
+
+
+def run_kafka_bench(
+    model: Path,
+    servers: str,
+    *,
+    entities: int,
+    backlog: int,
+    rate: float,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Record:
+    """Measure readings/s of a backlog, and latencies at a steady rate.
+
+    Args:
+        model: the bundle.
+        servers: the broker, host:port.
+        entities: how many there are; the model knows none of them.
+        backlog: readings that are waiting when the service starts, beside those of the warm-up.
+        rate: readings a second afterwards.
+        seconds: for how long.
+        say: told what is being done.
+
+    Raises:
+        TsdiffError: the broker does not answer, confluent-kafka is not installed, or the service
+            ended or stood still.
+
+    """
+    bundle = load_bundle(model)
+    name = f"tsdiff-bench-{uuid.uuid4().hex[:8]}"
+    with (
+        _topics(servers, name),
+        tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder,
+    ):
+        slots = _WARMUP_SLOTS + -(-backlog // entities)
+        feeder = _Feeder(servers, name, bundle.channels, bundle.period_ms, entities)
+        say(f"sending a backlog of {slots * entities:,} readings of {entities:,} entities")
+        feeder.send_slots(slots)
+        say("starting the service")
+        with _service(model, servers, name, Path(folder)) as service:
+            behind = _work_off(service, _WARMUP_SLOTS * entities, slots * entities)
+            say(f"sending {rate:,.0f} readings/s for {seconds:g} s")
+            before = service.scrape()
+            sent = feeder.send_rate(rate, seconds)
+            service.until(slots * entities + sent)
+            after = service.scrape()
+            taken = after["tsdiff_readings_total"] - before["tsdiff_readings_total"]
+            return {
+                **behind,
+                "entities": entities,
+                "backlog": backlog,
+                "rate": rate,
+                "rate_seconds": seconds,
+                "rate_readings": taken,
+                "rate_share_kept": min(1.0, feeder.kept),
+                "latency_p50_seconds": quantile(0.5, before, after),
+                "latency_p99_seconds": quantile(0.99, before, after),
+                "lag_at_end_seconds": after["tsdiff_consumer_lag_seconds"],
+                "peak_service_memory_bytes": service.peak_memory_bytes(),
+                "late_readings": after["tsdiff_late_readings_total"],
+                "dead_letters": after["tsdiff_dead_letters_total"],
+            }
+
+
+def _work_off(service: "_Service", warmup: int, total: int) -> Record:
+    """Wait until the backlog is read; the rate is that of what came after the warm-up."""
+    begun = service.until(warmup)
+    at = time.monotonic()
+    ended = service.until(total)
+    took = time.monotonic() - at
+    stages = {stage: ended[_stage_sum(stage)] - begun[_stage_sum(stage)] for stage in STAGES}
+    read = ended["tsdiff_readings_total"] - begun["tsdiff_readings_total"]
+    return {
+        "readings_per_second": read / took,
+        "lag_recovery_seconds": took,
+        "stage_share": {stage: spent / took for stage, spent in stages.items()},
+    }
+
+
+def _stage_sum(stage: str) -> str:
+    return f'tsdiff_batch_duration_seconds_sum{{stage="{stage}"}}'
+
+
+_LATENCY: Final = "tsdiff_end_to_end_latency_seconds_bucket"
+
+
+def quantile(share: float, before: Record, after: Record) -> float | None:
+    """Latency below which `share` of the batches between two scrapes are, as Prometheus' own
+    `histogram_quantile` has it; None where there were none.
+    """  # noqa: D205 - the name says it
+    bounds, counts = [], []
+    for name, value in after.items():
+        if name.startswith(_LATENCY):
+            bounds.append(float(name.split('le="')[1].split('"')[0]))
+            counts.append(value - before.get(name, 0.0))
+    order = np.argsort(bounds)
+    upper, cumulative = np.array(bounds)[order], np.array(counts)[order]
+    if not len(cumulative) or cumulative[-1] <= 0:
+        return None
+    wanted = share * cumulative[-1]
+    bucket = int(np.searchsorted(cumulative, wanted))
+    if not np.isfinite(upper[bucket]):
+        return float(upper[bucket - 1])
+    lower, below = (upper[bucket - 1], cumulative[bucket - 1]) if bucket else (0.0, 0.0)
+    inside = cumulative[bucket] - below
+    return float(lower + (upper[bucket] - lower) * (wanted - below) / inside)
+
+
+# -- what is sent ------------------------------------------------------------------------------
+
+
+class _Feeder:
+    """Sends one slot of all entities after the other, keyed by entity."""
+
+    def __init__(
+        self, servers: str, topic: str, channels: tuple[str, ...], period_ms: int, entities: int
+    ) -> None:
+        try:
+            from confluent_kafka import Producer  # noqa: PLC0415 - optional
+        except ModuleNotFoundError:
+            raise missing_extra("confluent-kafka", "tsdiff bench --kafka") from None
+        # kafka-python would take more of the cores than the service under test.
+        self._producer: Any = Producer(
+            {
+                "bootstrap.servers": servers,
+                "linger.ms": 5,
+                "queue.buffering.max.messages": 200_000,
+                "log_level": 0,
+            }
+        )
+        self._topic = topic
+        self._period_ms = period_ms
+        rng = np.random.default_rng(0)
+        # Encoding is not what is measured: values are made once, and dealt out in turn.
+        self._values = [
+            msgspec.json.encode(dict(zip(channels, row, strict=True)))
+            for row in np.round(rng.standard_normal((_VARIANTS, len(channels))), 3).tolist()
+        ]
+        names = [f"host-{number:06d}" for number in range(entities)]
+        self._names = [name.encode() for name in names]
+        # Far enough in the past that no slot to come lies in the future.
+        self._time_ms = (int(time.time() * 1000) // period_ms - 100_000) * period_ms
+        self._next = 0
+        self.kept = 1.0
+        """Share of the rate that was asked for that this machine could send."""
+
+    def send_slots(self, slots: int) -> None:
+        """Send as fast as the broker takes it."""
+        for _ in range(slots * len(self._names)):
+            self._send()
+        self._producer.flush(60)
+
+    def send_rate(self, rate: float, seconds: float) -> int:
+        """Send steadily; return how many were sent."""
+        begun, sent = time.monotonic(), 0
+        while (elapsed := time.monotonic() - begun) < seconds:
+            for _ in range(int(elapsed * rate) - sent):
+                self._send()
+            sent = max(sent, int(elapsed * rate))
+            self._producer.poll(0)
+            time.sleep(_STEP_S)
+        self._producer.flush(60)
+        self.kept = sent / (rate * (time.monotonic() - begun))
+        return sent
+
+    def _send(self) -> None:
+        row, slot = self._next % len(self._names), self._next // len(self._names)
+        name = self._names[row]
+        values = self._values[(row + 7 * slot) % _VARIANTS]
+        stamp = b"%d" % (self._time_ms + slot * self._period_ms)
+        message = b'{"entity":"%s","timestamp":%s,"values":%s}' % (name, stamp, values)
+        while True:
+            try:
+                self._producer.produce(self._topic, message, key=name)
+                break
+            except BufferError:  # its queue is full: that is as fast as the broker is
+                self._producer.poll(0.05)
+        self._next += 1
+        if self._next % 1000 == 0:
+            self._producer.poll(0)
+
+
+@contextmanager
+def _topics(servers: str, name: str) -> Iterator[None]:
+    """The input topic; it and what the service makes are deleted at the end."""
+    try:
+        admin = connect(
+            KafkaAdminClient, bootstrap_servers=servers.split(","), bootstrap_timeout_ms=5_000
+        )
+    except KafkaError as error:
+        raise StreamError(f"expected a broker at {servers} (--kafka), got {error!r}") from error
+    try:
+        admin.create_topics([NewTopic(name, _PARTITIONS, 1)])
+        yield
+        made = [found["name"] for found in admin.describe_topics()]
+        admin.delete_topics([topic for topic in made if topic.startswith(name)])
+    finally:
+        admin.close()
+
+
+# -- the service -------------------------------------------------------------------------------
+
+
+class _Service:
+    """A `tsdiff run` process, seen through its metrics."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+        self._url = ""
+
+    def scrape(self) -> Record:
+        """Return all samples by name and labels; counters of one name are summed as well.
+
+        Raises:
+            TsdiffError: the service has ended.
+
+        """
+        deadline = time.monotonic() + _START_S
+        while True:
+            if self._process.poll() is not None:
+                raise TsdiffError(
+                    f"expected the service to run, it ended with status "
+                    f"{self._process.returncode}: {self._last_line()}"
+                )
+            try:
+                with urllib.request.urlopen(self._address(), timeout=30) as answer:  # noqa: S310
+                    return _samples(answer.read().decode())
+            except (OSError, LookupError) as error:
+                if time.monotonic() > deadline:
+                    raise TsdiffError(f"the service does not answer: {error}") from error
+                time.sleep(0.1)
+
+    def _address(self) -> str:
+        if not self._url:
+            for line in self._log.read_text().splitlines():
+                event = msgspec.json.decode(line) if line.startswith("{") else {}
+                self._url = event.get("url", self._url)
+        if not self._url:
+            raise LookupError("no address of its metrics yet")
+        return f"{self._url}/metrics"
+
+    def _last_line(self) -> str:
+        return (self._log.read_text().strip().splitlines() or ["it said nothing"])[-1]
+
+    def until(self, readings: int) -> Record:
+        """Wait until so many readings were taken, and return the scrape that says so.
+
+        Raises:
+            TsdiffError: nothing moved for a long time.
+
+        """
+        moved_at, last = time.monotonic(), -1.0
+        while True:
+            found = self.scrape()
+            taken = found.get("tsdiff_readings_total", 0.0)
+            if taken >= readings:
+                return found
+            if taken != last:
+                moved_at, last = time.monotonic(), taken
+            if time.monotonic() - moved_at > _SILENCE_S + (_START_S if last <= 0 else 0.0):
+                raise TsdiffError(
+                    f"expected {readings} readings to be taken, {taken:.0f} were and no more come; "
+                    f"the service said last: {self._last_line()}"
+                )
+            time.sleep(0.1)
+
+    def peak_memory_bytes(self) -> int | None:
+        """Return the most memory it held; None where the system does not tell (not Linux)."""
+        try:
+            lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
+        except OSError:
+            return None
+        return next(
+            (1024 * int(row.split()[1]) for row in lines.splitlines() if row.startswith("VmHWM")),
+            None,
+        )
+
+
+def _samples(text: str) -> Record:
+    found: Record = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+            if sample.labels:
+                labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}"] = sample.value
+    return found
+
+
+@contextmanager
+def _service(model: Path, servers: str, name: str, folder: Path) -> Iterator[_Service]:
+    settings = {
+        "model.path": model.resolve(),
+        "input.bootstrap_servers": servers,
+        "input.topic": name,
+        "input.group": name,
+        "detect.warmup_slots": _WARMUP_SLOTS,
+        "grid.lateness": "0s",
+        **{f"outputs.{key}": f"{name}.{key}" for key in ("scores", "alerts", "state")},
+        "outputs.dead_letters": f"{name}.dead-letters",
+        "metrics.listen": "127.0.0.1:0",
+        "log.format": "json",
+    }
+    log = folder / "service.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(  # noqa: S603 - ourselves
+            [
+                *(sys.executable, "-m", "tsdiff.cli", "run"),
+                *(f"--set={key}={value}" for key, value in settings.items()),
+            ],
+            stdout=out,
+            stderr=out,
+            env=dict(os.environ),
+        )
+    try:
+        yield _Service(process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
