@@ -240,7 +240,7 @@ STEP = 2.0
 def expanded(text: str, given: Mapping[str, str]) -> str:
     """Put in what Grafana knows: variables, and the intervals of a 1 s scrape and `STEP`."""
     for name, value in given.items():
-        text = re.sub(rf"\$(?:{name}\b|{{{name}}})", lambda _, value=value: value, text)
+        text = re.sub(rf"\$(?:{name}\b|{{{name}}})", value.replace("\\", r"\\"), text)
     assert "$" not in text, f"a variable that is not known here: {text}"
     return text
 
