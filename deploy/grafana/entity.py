@@ -157,7 +157,9 @@ def _channel_table() -> Placed:
         },
         "Contribution",
     ).span(16)
-    to_channel = to_entity("var-entity=${entity}", "var-channel=${__data.fields.Channel}")
+    to_channel = to_entity(
+        "var-entity=${entity:percentencode}", "var-channel=${__data.fields.Channel:percentencode}"
+    )
     column(panel, "Channel", option("links", [to_channel]))
     return column(panel, "Contribution", option("unit", units.PercentUnit), option("decimals", 0))
 

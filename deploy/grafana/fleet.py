@@ -94,9 +94,10 @@ def _worst_entities() -> Placed:
         },
         "Score",
     )
-    link = to_entity("var-entity=${__data.fields.Entity}")
+    link = to_entity("var-entity=${__data.fields.Entity:percentencode}")
     to_channel = to_entity(
-        "var-entity=${__data.fields.Entity}", 'var-channel=${__data.fields["Most blamed"]}'
+        "var-entity=${__data.fields.Entity:percentencode}",
+        'var-channel=${__data.fields["Most blamed"]:percentencode}',
     )
     _score_columns(panel)
     column(panel, "Entity", option("links", [link]))
@@ -141,7 +142,7 @@ def _firing() -> Placed:
         "Score",
     ).span(12)
     _score_columns(panel)
-    link = to_entity("var-entity=${__data.fields.Entity}")
+    link = to_entity("var-entity=${__data.fields.Entity:percentencode}")
     return column(panel, "Entity", option("links", [link]))
 
 
@@ -183,7 +184,7 @@ def _score_map() -> Placed:
 
 def _fleet_history() -> Section:
     top = f"topk({_LINES}, max by (entity) (tsdiff_anomaly_score{{{_MANY}}}))"
-    link = to_entity("var-entity=${__field.labels.entity}")
+    link = to_entity("var-entity=${__field.labels.entity:percentencode}")
     return "Over time", [
         _score_map(),
         with_score_line(

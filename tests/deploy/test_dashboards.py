@@ -174,6 +174,19 @@ def part(history: History, share: tuple[float, float]) -> History:
     return replace(history, entities=tuple(e for e in entities if len(e.timestamps_ms)))
 
 
+def settle(port: int, sent: int) -> None:
+    """Wait until all that was sent is read, and nothing more is scored."""
+
+    def count(name: str) -> float:
+        return float(re.findall(rf"^{name} (\S+)", scraped(port), re.MULTILINE)[0])
+
+    wait_until(lambda: count("tsdiff_readings_total") >= sent, f"{sent} readings")
+    scores = -1.0
+    while (now := count("tsdiff_scores_total")) != scores:
+        scores = now
+        time.sleep(0.3)
+
+
 def send_poison(deployed: Deployment) -> None:
     """One message for the dead letters."""
     with KafkaProducer(bootstrap_servers=deployed.servers) as producer:
@@ -185,13 +198,13 @@ def feed(deployed: Deployment, bundle: SmallBundle, port: int) -> str:
 
     No slot closes afterwards, so the alert stays. Returns its entity.
     """
-    pieces, raised = 40, False
+    pieces, raised, sent = 40, False, 0
     for piece in range(pieces):
         span = (piece / pieces, (piece + 1) / pieces)
-        deployed.send(part(bundle.live, span), bundle.period_ms)
+        sent += deployed.send(part(bundle.live, span), bundle.period_ms)
         if piece == pieces // 4:
             send_poison(deployed)
-        time.sleep(0.5)
+        settle(port, sent)
         active = firing(port)
         if active and raised and piece > pieces / 2:
             return active[0]

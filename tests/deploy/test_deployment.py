@@ -30,8 +30,8 @@ from tests.deploy.chart import template as helm_template
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# Files that the compose file mounts and that are not in the repository yet.
-NOT_YET = ("alertmanager",)
+# What the compose file mounts and is not in the repository yet, or not yet what it needs there.
+NOT_YET = ("alertmanager", "prometheus.yml")
 
 
 def tool(name: str) -> str:
@@ -251,6 +251,21 @@ def test_files_that_commands_name_are_mounted(composed: dict[str, Any]) -> None:
     assert (targets[str(board.parent)] / board.name).exists()
     provider = targets["/etc/grafana/provisioning"] / "dashboards" / "dashboards.yaml"
     assert str(board.parent) in provider.read_text()
+
+
+def test_prometheus_reaches_the_other_containers() -> None:
+    """By the names that they have there; 127.0.0.1 would be Prometheus' own container."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    jobs = [*config["scrape_configs"], *config.get("alerting", {}).get("alertmanagers", ())]
+    asked = {
+        target
+        for job in jobs
+        for group in job.get("static_configs", ())
+        for target in group["targets"]
+    }
+    reached = {"tsdiff:9464", "alertmanager:9093"} <= asked
+    assert reached or "prometheus.yml" in NOT_YET, asked
+    assert not (reached and "prometheus.yml" in NOT_YET), "take prometheus.yml out of NOT_YET"
 
 
 def settings_in(
