@@ -127,7 +127,7 @@ def _stage_sum(stage: str) -> str:
     return f'tsdiff_batch_duration_seconds_sum{{stage="{stage}"}}'
 
 
-_LATENCY: Final = "tsdiff_end_to_end_latency_seconds_bucket"
+_LATENCY: Final = "tsdiff_end_to_end_latency_seconds_bucket{"
 
 
 def quantile(share: float, before: Record, after: Record) -> float | None:
