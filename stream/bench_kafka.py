@@ -31,7 +31,7 @@ from stream.clients import connect
 from stream.embedded import missing_extra
 from stream.errors import StreamError
 from stream.metrics import STAGES
-from tsdiff.bundle import load_bundle
+from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.errors import TsdiffError
 
 Record = dict[str, Any]
@@ -44,6 +44,8 @@ _START_S: Final = 120.0
 _SILENCE_S: Final = 60.0
 _VARIANTS: Final = 64
 _STEP_S: Final = 0.02
+# A scrape of a thousand entities takes the service some tens of milliseconds.
+_SCRAPE_S: Final = 1.0
 
 
 def run_kafka_bench(
@@ -79,7 +81,7 @@ def run_kafka_bench(
         tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder,
     ):
         slots = _WARMUP_SLOTS + -(-backlog // entities)
-        feeder = _Feeder(servers, name, bundle.channels, bundle.period_ms, entities)
+        feeder = _Feeder(servers, name, bundle, entities)
         say(f"sending a backlog of {slots * entities:,} readings of {entities:,} entities")
         feeder.send_slots(slots)
         say("starting the service")
@@ -158,9 +160,7 @@ def quantile(share: float, before: Record, after: Record) -> float | None:
 class _Feeder:
     """Sends one slot of all entities after the other, keyed by entity."""
 
-    def __init__(
-        self, servers: str, topic: str, channels: tuple[str, ...], period_ms: int, entities: int
-    ) -> None:
+    def __init__(self, servers: str, topic: str, bundle: Bundle, entities: int) -> None:
         try:
             from confluent_kafka import Producer  # noqa: PLC0415 - optional
         except ModuleNotFoundError:
@@ -175,13 +175,8 @@ class _Feeder:
             }
         )
         self._topic = topic
-        self._period_ms = period_ms
-        rng = np.random.default_rng(0)
-        # Encoding is not what is measured: values are made once, and dealt out in turn.
-        self._values = [
-            msgspec.json.encode(dict(zip(channels, row, strict=True)))
-            for row in np.round(rng.standard_normal((_VARIANTS, len(channels))), 3).tolist()
-        ]
+        self._period_ms = period_ms = bundle.period_ms
+        self._values = _calm_values(bundle)
         names = [f"host-{number:06d}" for number in range(entities)]
         self._names = [name.encode() for name in names]
         # Far enough in the past that no slot to come lies in the future.
@@ -224,6 +219,18 @@ class _Feeder:
         self._next += 1
         if self._next % 1000 == 0:
             self._producer.poll(0)
+
+
+def _calm_values(bundle: Bundle) -> list[bytes]:
+    """Readings as JSON, made once, since encoding them is not what is measured.
+
+    Close to each channel's mean: a fleet is quiet most of the time, and of quiet entities less is
+    told than of others.
+    """
+    mean, scale = (bundle.arrays[f"statistics.{name}"][-1] for name in ("mean", "scale"))
+    noise = np.random.default_rng(0).standard_normal((_VARIANTS, len(mean)))
+    rows = (mean + 0.1 * scale * noise).tolist()
+    return [msgspec.json.encode(dict(zip(bundle.channels, row, strict=True))) for row in rows]
 
 
 @contextmanager
@@ -309,7 +316,7 @@ class _Service:
                     f"expected {readings} readings to be taken, {taken:.0f} were and no more come; "
                     f"the service said last: {self._last_line()}"
                 )
-            time.sleep(0.1)
+            time.sleep(_SCRAPE_S)
 
     def peak_memory_bytes(self) -> int | None:
         """Return the most memory it held; None where the system does not tell (not Linux)."""

@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from kafka.errors import (
     KafkaError,
     UnsupportedVersionError,
 )
+from kafka.partitioner.default import murmur2
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.buffer import EntitySnapshot
@@ -191,14 +193,15 @@ class KafkaSink:
 
     def _send(self, round_: Round) -> list[Any]:
         names, send = self._config.outputs, self._producer.send
-        futures = [
-            send(names.scores, key=score.entity.encode(), value=encode_score(score))
-            for score in round_.scores
-        ]
-        futures += [
-            send(names.alerts, key=alert.entity.encode(), value=encode_alert(alert))
-            for alert in round_.alerts
-        ]
+        scores = [(score.entity, encode_score(score)) for score in round_.scores]
+        alerts = [(alert.entity, encode_alert(alert)) for alert in round_.alerts]
+        futures = []
+        for topic, records in ((names.scores, scores), (names.alerts, alerts)):
+            count = len(self._producer.partitions_for(topic)) if records else 1
+            futures += [
+                send(topic, key=entity.encode(), value=value, partition=_hash_of(entity) % count)
+                for entity, value in records
+            ]
         futures += [self._send_dead_letter(letter) for letter in round_.dead_letters]
         group = self._config.input.group
         states = [(p, s.entity, encode_snapshot(s)) for p, s in round_.snapshots]
@@ -231,6 +234,12 @@ class KafkaSink:
     def close(self) -> None:
         """Every commit has flushed already."""
         self._discard()
+
+
+@lru_cache(maxsize=200_000)
+def _hash_of(entity: str) -> int:
+    """Hash by which Kafka's clients choose the partition of a key; in Python it takes a while."""
+    return int(murmur2(entity.encode())) & 0x7FFFFFFF
 
 
 _CHANNEL = pa.struct(
