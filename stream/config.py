@@ -403,10 +403,10 @@ class GridSection(_Section):
     )
     max_ahead_ms: PositiveDurationMs = _duration(
         "max_ahead",
-        "1h",
-        "A reading further in the future than this, by its message's own Kafka timestamp, is "
-        "dead-lettered: one wrong clock would otherwise close the slots of all. 1 h lets a missed "
-        "daylight-saving change pass",
+        "5m",
+        "A reading further in the future than this (or than a period, if that is longer), by its "
+        "message's Kafka timestamp or our own clock, whichever is earlier, is dead-lettered: one "
+        "wrong clock would otherwise close the slots of all",
     )
     idle_after_ms: PositiveDurationMs = _duration(
         "idle_after",

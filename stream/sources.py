@@ -275,8 +275,10 @@ class KafkaSource:
         grid: Grid,
         *,
         client_options: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
+        self._clock = clock
         self._channels = tuple(channels)
         self._decoder = decoder
         self._grid = grid
@@ -523,15 +525,20 @@ class KafkaSource:
                 f"expected at most {limit} bytes, got {len(value)}; raise input.max_message_bytes",
             )
         readings = self._decoder(value)
-        # The log's own time, not the wall clock: a replay must decide the same again.
-        newest = record.timestamp + self._config.grid.max_ahead_ms
+        # The log's own time, so that a replay decides the same again; but a message has its time
+        # from its sender, unless the topic says otherwise, and a clock that is wrong is wrong there
+        # as well. So ours has a say where it is behind.
+        now = int(self._clock() * 1000)
+        written = now if record.timestamp < 0 else min(record.timestamp, now)
+        # A reading may be stamped with the end of its slot.
+        ahead = max(self._config.grid.max_ahead_ms, self._grid.period_ms)
         for reading in readings:
-            if record.timestamp >= 0 and reading.timestamp_ms > newest:
+            if reading.timestamp_ms > written + ahead:
                 raise DecodeError(
                     "future_timestamp",
-                    f"expected a timestamp at most {self._config.grid.max_ahead_ms / 1000:g} s "
-                    f"after the message's own ({record.timestamp}), got {reading.timestamp_ms}; "
-                    "check the sender's clock or raise grid.max_ahead",
+                    f"expected a timestamp at most {ahead / 1000:g} s after its message was "
+                    f"written ({written}), got {reading.timestamp_ms}; check the sender's clock or "
+                    "raise grid.max_ahead",
                 )
         return readings
 

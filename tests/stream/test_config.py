@@ -49,7 +49,7 @@ def test_defaults_need_a_model_and_a_topic_only() -> None:
     assert config.input.session_timeout_ms == 10_000
     assert config.grid.period_ms is None
     assert config.grid.lateness_ms == 10_000
-    assert config.grid.max_ahead_ms == 3_600_000
+    assert config.grid.max_ahead_ms == 300_000
     assert config.delivery.mode == "exactly-once"
     assert config.delivery.transaction_timeout_ms == 15_000
     assert config.metrics.listen == "127.0.0.1:9464"

@@ -378,6 +378,23 @@ def test_a_partition_that_stalls_is_begun_again_and_then_given_up(
         live.until(never)
 
 
+@pytest.mark.parametrize("ahead_s", [3000, 86_400])
+def test_a_clock_that_is_ahead_closes_nobodys_slots(ahead_s: int, bench: Bench) -> None:
+    bench.first_life()
+    # The sender's Kafka client has the same wrong clock; a day ahead a broker would not believe.
+    wrong = int(time.time() + ahead_s) * 1000
+    message = {"entity": "b", "timestamp": wrong, "values": {"a": 1.0, "b": 1.0}}
+    stamp = wrong if ahead_s < 3600 else None
+    value = json.dumps(message).encode()
+    bench.producer.send(bench.topic, key=b"b", value=value, partition=0, timestamp_ms=stamp)
+    bench.send(range(61, 71))
+    live = bench.start()
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 69), "ok"))
+    assert live.count("dead_letters", reason="future_timestamp") == 1
+    assert not live.count("late_readings")
+
+
 def test_only_what_stands_still_while_it_could_go_on_stalls() -> None:
     one, two = TopicPartition("t", 0), TopicPartition("t", 1)
     watch = StallWatch(after_s=10)
