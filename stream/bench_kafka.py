@@ -70,8 +70,8 @@ def run_kafka_bench(
         say: told what is being done.
 
     Raises:
-        TsdiffError: the broker does not answer, confluent-kafka is not installed, or the service
-            ended or stood still.
+        TsdiffError: the broker does not answer, confluent-kafka is not installed, the service
+            ended or stood still, or the backlog is too small to be measured.
 
     """
     bundle = load_bundle(model)
@@ -118,6 +118,11 @@ def _work_off(service: "_Service", warmup: int, total: int) -> Record:
     took = time.monotonic() - at
     stages = {stage: ended[_stage_sum(stage)] - begun[_stage_sum(stage)] for stage in STAGES}
     read = ended["tsdiff_readings_total"] - begun["tsdiff_readings_total"]
+    if not read:
+        raise TsdiffError(
+            "expected a backlog that takes a while, it was gone after one look; give more readings "
+            "with --backlog"
+        )
     return {
         "readings_per_second": read / took,
         "lag_recovery_seconds": took,

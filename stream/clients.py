@@ -1,6 +1,7 @@
 """kafka-python's clients, made so that nothing of them is left when they cannot connect."""
 
 import re
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,7 +17,7 @@ from kafka.errors import (
     UnsupportedSaslMechanismError,
 )
 from kafka.net.compat import KafkaNetClient
-from kafka.net.inet import create_connection
+from kafka.net.inet import KafkaNetSocket
 from kafka.net.manager import KafkaConnectionManager
 from kafka.net.selector import NetworkSelector
 from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
@@ -44,15 +45,31 @@ class _Manager(KafkaConnectionManager):  # type: ignore[misc]
         if self.reason is None or not (vague or _hopeless(self.reason)):
             self.reason = reason
 
+    async def _socket(self, node: Any, timeout_at: float | None) -> socket.socket:  # noqa: ANN401
+        """Connect to the first of a host's addresses that answers.
+
+        kafka-python 3.0.12 leaves the sockets of the others to the garbage collector, which may be
+        long in coming.
+        """
+        sockets = KafkaNetSocket(self.config["proxy_url"])
+        failure: Exception = KafkaConnectionError(f"no address of {node.host} is known")
+        for family, kind, protocol, _, address in sockets.dns_lookup(node.host, node.port):
+            made: socket.socket = sockets.socket(family, kind, protocol)
+            try:
+                made.setblocking(False)
+                for option in self.config["socket_options"]:
+                    made.setsockopt(*option)
+                await sockets.sock_connect(self._net, made, address, timeout_at=timeout_at)
+                return made
+            except BaseException as error:
+                made.close()
+                if not isinstance(error, OSError | KafkaError):
+                    raise
+                failure = error
+        raise KafkaConnectionError(f"unable to connect: {failure}") from failure
+
     async def _build_transport(self, node: Any, timeout_at: float | None = None) -> Any:  # noqa: ANN401
-        sock = await create_connection(
-            self._net,
-            node.host,
-            node.port,
-            self.config["socket_options"],
-            proxy_url=self.config["proxy_url"],
-            timeout_at=timeout_at,
-        )
+        sock = await self._socket(node, timeout_at)
         if self.ssl_enabled:
             context = self.config["ssl_context"]
             transport = KafkaSSLTransport(self._net, sock, host=node.host, ssl_context=context)

@@ -51,6 +51,13 @@ def unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def require_program(name: str, package: str) -> str:
     """Return the path of a program; `package` is what Debian calls its package."""
     path = shutil.which(name)

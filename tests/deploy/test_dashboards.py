@@ -7,7 +7,6 @@ panels, variables and annotations are asked as Grafana would ask them. `-s` prin
 import json
 import math
 import re
-import socket
 import sys
 import time
 import urllib.request
@@ -20,7 +19,7 @@ import pytest
 import yaml
 from kafka import KafkaAdminClient, KafkaProducer
 
-from tests.conftest import ROOT, require_program
+from tests.conftest import ROOT, free_port, require_program
 from tests.deploy.prometheus_server import PrometheusServer, QueryError, Series, points
 from tests.stream.conftest import SmallBundle
 from tests.stream.workers import Deployment, deployment, wait_until
@@ -142,12 +141,6 @@ class Watched:
     end: float
     entity: str
     """One whose alert is active at the end."""
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def scraped(port: int) -> str:
