@@ -124,9 +124,7 @@ def watch(told: Chain, feed: Feed, fleet: Fleet, deployed: Deployment, log: Path
 
     # One entity, one notification.
     feed.faulty = frozenset({"web-2"})
-    told.wait_until(
-        lambda: told.told("firing", "TsdiffEntityAnomalous"), "a notification", [log]
-    )
+    told.wait_until(lambda: told.told("firing", "TsdiffEntityAnomalous"), "a notification", [log])
     time.sleep(2)  # another one would come within group_wait
     feed.faulty = frozenset()
     told.wait_until(

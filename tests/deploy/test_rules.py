@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from stream.metrics import ServiceMetrics
 from tests.conftest import ROOT
@@ -27,7 +27,7 @@ NAMES = sorted({rule["alert"] for rule in ALERTS})
 NOT_YET_THERE = ("tsdiff_channel_state", "tsdiff_channels")
 
 
-def tests_of(name: str) -> list[dict[str, Any]]:
+def cases_in(name: str) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = yaml.safe_load((PROMETHEUS / name).read_text())["tests"]
     return groups
 
@@ -36,8 +36,11 @@ def existing() -> set[str]:
     """Names of samples that the service has, with those of its counters and histograms."""
     registry = CollectorRegistry()
     ServiceMetrics(registry, channels=("a",), max_entities=1, top_channels=1, entity_ttl_s=1)
-    suffixes = {"counter": ("_total",), "info": ("_info",)}
-    suffixes["histogram"] = ("_bucket", "_count", "_sum")
+    suffixes: dict[str, tuple[str, ...]] = {
+        "counter": ("_total",),
+        "info": ("_info",),
+        "histogram": ("_bucket", "_count", "_sum"),
+    }
     return {
         family.name + suffix
         for collector in registry._collector_to_names
@@ -76,7 +79,7 @@ def test_unit_tests_see_every_alert_fire() -> None:
     """Every alert of every severity, with all that it says."""
     fired = {
         (case["alertname"], alert["exp_labels"]["severity"])
-        for group in tests_of("tsdiff.rules_test.yml")
+        for group in cases_in("tsdiff.rules_test.yml")
         for case in group["alert_rule_test"]
         for alert in case.get("exp_alerts", ())
         if len(alert["exp_annotations"]) == 4
@@ -85,7 +88,7 @@ def test_unit_tests_see_every_alert_fire() -> None:
 
 
 def test_unit_tests_see_every_alert_not_fire() -> None:
-    groups = tests_of("tsdiff.quiet_test.yml")
+    groups = cases_in("tsdiff.quiet_test.yml")
     cases = {re.split(r"\W", group["name"], maxsplit=1)[0]: group for group in groups}
     assert cases.keys() == {"healthy", "idle", "absent", "counter"}
     for group in groups:
@@ -93,7 +96,7 @@ def test_unit_tests_see_every_alert_not_fire() -> None:
     # Each also begins and ends: it is asked for while it must not fire yet, or no more.
     quiet = {
         case["alertname"]
-        for group in tests_of("tsdiff.rules_test.yml")
+        for group in cases_in("tsdiff.rules_test.yml")
         for case in group["alert_rule_test"]
         if "exp_alerts" not in case
     }
@@ -135,15 +138,13 @@ def test_metrics_that_are_named_exist() -> None:
     assert not existing() & set(NOT_YET_THERE), "they are there now: remove them from the list"
 
 
-def test_other_metrics_are_those_of_prometheus() -> None:
+def test_queries_of_runbooks_are_of_the_service_or_of_its_process() -> None:
+    process = {f"{f.name}_total" if f.type == "counter" else f.name for f in REGISTRY.collect()}
     for path in RUNBOOKS.glob("*.md"):
         for query in promql(path.read_text()):
-            words = set(re.findall(r"\b(?:process_\w+|up|ALERTS)\b", query))
-            assert named(query) or words, query
-            assert all(w in ("up", "ALERTS") or w in PROCESS for w in words), query
-
-
-PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds_total")
+            others = set(re.findall(r"\b(?:process_\w+|up)\b", query))
+            assert named(query) or others, query
+            assert others <= process | {"up"}, query
 
 
 def test_queries_of_runbooks_can_be_asked(tmp_path: Path, promtool: str) -> None:
@@ -182,7 +183,9 @@ def test_inhibition_names_alerts_that_exist() -> None:
 
 def test_the_readme_lists_the_alerts() -> None:
     part = README.split("## Alerting")[1].split("\n## ")[0]
-    listed = re.findall(r"^\| \[`(\w+)`\]\(deploy/runbooks/\1\.md\) \| (.*?) \|", part, re.MULTILINE)
+    listed = re.findall(
+        r"^\| \[`(\w+)`\]\(deploy/runbooks/\1\.md\) \| (.*?) \|", part, re.MULTILINE
+    )
     severities: dict[str, list[str]] = {}
     for rule in ALERTS:
         severities.setdefault(rule["alert"], []).append(rule["labels"]["severity"])
