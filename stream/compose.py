@@ -248,6 +248,7 @@ def run_service(
     metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=model.detector.window)
     health = Health()
     health.set_ready("starting")
+    metrics.readiness(lambda: health.unready() is None and health.unhealthy() is None)
     wish = wish or Wish()
     reload = wish.ask if config.metrics.reload and read else None
     with _listening(config, registry, health, reload) as address:

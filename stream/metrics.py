@@ -26,6 +26,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from stream.codec import REASONS
+from stream.memory import memory_limit_bytes
 from stream.records import (
     CHANNEL_STATES,
     STATES,
@@ -51,6 +52,8 @@ ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
 LATENCY_BUCKETS_SECONDS = (
     0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 )  # fmt: skip
+# Of calibrated scores these shares of slots are below; alert rules compare them.
+P_VALUE_BUCKETS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 # A stage takes about a millisecond for an empty batch and seconds when it compiles.
 STAGE_BUCKETS_SECONDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
@@ -150,6 +153,12 @@ class ServiceMetrics:
             LATENCY_BUCKETS_SECONDS,
         )
         registry.register(self._latency)
+        self._p_values = _BatchHistogram(
+            "tsdiff_p_value",
+            "Probability that normal data are as unusual as a slot that was scored.",
+            P_VALUE_BUCKETS,
+        )
+        registry.register(self._p_values)
         self._lag = _ConsumerLag()
         registry.register(self._lag)
         self._entity_states = Gauge(
@@ -178,6 +187,18 @@ class ServiceMetrics:
             registry=registry,
         )
         self.config_reload(successful=True)
+        self._ready = Gauge(
+            "tsdiff_ready",
+            "1 while the service is healthy and ready: it has partitions, their recent past, a "
+            "compiled model and a broker.",
+            registry=registry,
+        )
+        # Read when it is asked for: the limit of a running container may be changed.
+        Gauge(
+            "tsdiff_memory_limit_bytes",
+            "Memory that the process may use: the cgroup's limit, or else the machine's memory.",
+            registry=registry,
+        ).set_function(memory_limit_bytes)
         self._series = _EntitySeries(max_entities, top_channels, entity_ttl_s, clock)
         registry.register(self._series)
 
@@ -210,7 +231,11 @@ class ServiceMetrics:
         self._scores.inc(count)
 
     def observe_scores(self, scores: Sequence[SlotScore]) -> None:
-        """Show these scores as the last of their entities; of one entity, the last counts."""
+        """Show these scores as the last of their entities; of one entity, the last counts.
+
+        Their p-values are counted, whether the entities have series or not.
+        """
+        self._p_values.observe(np.array([s.p_value for s in scores if s.p_value is not None]))
         dropped = self._series.observe(scores)
         if dropped:
             self._series_dropped.inc(dropped)
@@ -262,6 +287,10 @@ class ServiceMetrics:
         self._reload.set(1 if successful else 0)
         if successful:
             self._reloaded_at.set_to_current_time()
+
+    def readiness(self, ready: Callable[[], bool]) -> None:
+        """Say who knows whether the service is ready; asked whenever Prometheus asks."""
+        self._ready.set_function(ready)
 
     def budget(self, *, max_entities: int, top_channels: int) -> None:
         """Change how many entities have series, and how many channels each."""

@@ -30,13 +30,8 @@ sys.path.insert(0, str(GRAFANA))  # its scripts run uninstalled
 
 from dashboards import DASHBOARDS, rendered  # noqa: E402  (found by the line above)
 
-# Metrics that panels use and the service does not tell yet: their queries may bring nothing.
-NOT_YET = (
-    "tsdiff_channel_state",
-    "tsdiff_channels",
-    "tsdiff_memory_limit_bytes",
-    "tsdiff_p_value",
-)
+# There only while something is wrong that is not wrong with the service that is watched.
+ABSENT = ("tsdiff_channel_state",)
 
 Board = dict[str, Any]
 
@@ -309,27 +304,20 @@ def test_every_query_brings_something(name: str, watched: Watched) -> None:
         except QueryError as error:
             pytest.fail(f"{name}: {place}: {error}\n{expr}")
         values = told(series)
-        later = any(re.search(rf"\b{metric}(_bucket|_count)?\b", text) for metric in NOT_YET)
-        if not values and not later:
+        absent = any(re.search(rf"\b{metric}\b", text) for metric in ABSENT)
+        if not values and not absent:
             empty.append(f"{place}: {expr}")
-        last = f"{values[-1]:.4g}" if values else "not yet" if later else "EMPTY"
+        last = f"{values[-1]:.4g}" if values else "absent" if absent else "EMPTY"
         lines.append(f"{place:48} {len(series):4} series {len(values):5} points  last {last}")
     print(f"\n{board['title']}: {given}", *lines, sep="\n  ")
     assert not empty, f"{name}: nothing came from\n" + "\n".join(empty)
-
-
-def test_what_is_not_there_yet_is_not_there_yet(watched: Watched) -> None:
-    """So that the tuple is emptied when the metrics come."""
-    there = [metric for metric in NOT_YET if watched.prometheus.query(f"{metric}", watched.end)]
-    there += [m for m in NOT_YET if watched.prometheus.query(f"{m}_count", watched.end)]
-    assert not there, f"take {', '.join(there)} out of NOT_YET"
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_only_metrics_that_exist_are_asked_for(name: str) -> None:
     """A misspelt metric would be as empty as one that is not there yet."""
     text = (ROOT / "README.md").read_text()
-    known = {*re.findall(r"^\| `(tsdiff_\w+)` \|", text, re.MULTILINE), *NOT_YET}
+    known = set(re.findall(r"^\| `(tsdiff_\w+)` \|", text, re.MULTILINE))
     asked = {
         metric
         for _, expr, _ in queries_of(boards()[name])

@@ -9,11 +9,12 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -145,6 +146,9 @@ PROMISED = {
     "tsdiff_build_info": ("gauge", {"version"}),
     "tsdiff_rebalances_total": ("counter", set()),
     "tsdiff_recoveries_total": ("counter", {"reason"}),
+    "tsdiff_p_value": ("histogram", {"le"}),
+    "tsdiff_ready": ("gauge", set()),
+    "tsdiff_memory_limit_bytes": ("gauge", set()),
 }
 
 
@@ -202,6 +206,39 @@ def test_latencies_are_counted_in_batches() -> None:
     assert [below(b) for b in ("0.01", "0.025", "0.3", "0.75", "300", "+Inf")] == [2, 3, 4, 5, 5, 6]
     assert registry.get_sample_value(f"{name}_count") == 6
     assert registry.get_sample_value(f"{name}_sum") == pytest.approx(1e9 + 0.01 + 0.0100001 + 1.04)
+
+
+def test_p_values_of_scored_slots_are_counted() -> None:
+    registry, metrics = build(max_entities=0)
+    metrics.observe_scores([slot("a"), slot("b")])  # p = 0.01 each
+    metrics.observe_scores([])
+    metrics.observe_scores([replace(slot("c"), p_value=p) for p in (None, 1e-9, 0.3, 1.0)])
+
+    def below(bound: str) -> float | None:
+        return registry.get_sample_value("tsdiff_p_value_bucket", {"le": bound})
+
+    assert [below(b) for b in ("0.0001", "0.001", "0.01", "0.5", "1", "+Inf")] == [1, 1, 3, 4, 5, 5]
+    assert registry.get_sample_value("tsdiff_p_value_count") == 5
+
+
+def test_readiness_is_asked_for_when_it_is_shown() -> None:
+    registry, metrics = build()
+    health = Health()
+    assert registry.get_sample_value("tsdiff_ready") == 0
+    metrics.readiness(lambda: health.unready() is None)
+    assert registry.get_sample_value("tsdiff_ready") == 0
+    health.set_ready(None)
+    assert registry.get_sample_value("tsdiff_ready") == 1
+
+
+def test_memory_and_its_limit_are_shown_together() -> None:
+    registry, _ = build()
+    limit = registry.get_sample_value("tsdiff_memory_limit_bytes")
+    # The registry that `tsdiff run` uses has prometheus-client's collector of the process.
+    used = REGISTRY.get_sample_value("process_resident_memory_bytes")
+    assert limit
+    assert used
+    assert 0 < used < limit
 
 
 def test_compilations_are_told_as_a_total() -> None:
