@@ -27,6 +27,7 @@ from train.metrics import (
     roc_auc,
     volumes,
 )
+from train.readings import READINGS
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS, evidence_threshold
 from tsdiff.config import Adapt, NetworkConfig
@@ -39,6 +40,8 @@ from tsdiff.types import FloatArray
 OURS = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
 """Our scorers: the default one, then `tsdiff-<scorer>`."""
 DETECTORS = (*OURS, *BASELINES)
+"""Run where nothing is asked for; `train.readings` are run by name only."""
+_BY_ENTITY = {**BASELINES, **READINGS}
 CLEAN = "clean"
 STRESSES = (*stress.WORSE, stress.CONTAMINATED)
 
@@ -58,8 +61,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in self.detectors:
-            if name not in DETECTORS:
-                raise ConfigError(f"expected a detector of {', '.join(DETECTORS)}, got {name!r}")
+            if name not in (known := (*OURS, *_BY_ENTITY)):
+                raise ConfigError(f"expected a detector of {', '.join(known)}, got {name!r}")
         if self.seeds < 1:
             raise ConfigError(f"expected at least one seed, got {self.seeds}")
         if not 0 < self.false_alarms_per_entity_week < math.inf:
@@ -158,7 +161,7 @@ def _fit_baseline(name: str, labelled: LabelledSet, settings: Settings, seed: in
     for entity in _judged(labelled):
         held_out = held_out_slots(len(entity.past), config)
         goes_on = entity.test is not None and entity.test.goes_on
-        baseline = BASELINES[name]()
+        baseline = _BY_ENTITY[name]()
         fitted[entity.name] = baselines.fit(baseline, entity.past, held_out, seed, goes_on)
     return lambda entity, values: fitted[entity.name](values)
 
@@ -173,7 +176,7 @@ def _judged(labelled: LabelledSet) -> list[Entity]:
 
 
 def _seeded(name: str, settings: Settings) -> bool:
-    return settings.network if name in OURS else BASELINES[name]().seeded
+    return settings.network if name in OURS else _BY_ENTITY[name]().seeded
 
 
 # -- judging ------------------------------------------------------------------------------------

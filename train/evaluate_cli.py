@@ -41,7 +41,11 @@ def evaluate(
     ],
     detector: Annotated[
         list[str] | None,
-        typer.Option(help="One to run, repeatable.  [default: all]", show_default=False),
+        typer.Option(
+            help="One to run, repeatable; tsdiff-crps, tsdiff-elbo, tsdiff-score-norms and "
+            "tsdiff-flow are slow, and run only when named.  [default: all others]",
+            show_default=False,
+        ),
     ] = None,
     period: Annotated[
         list[str] | None,
