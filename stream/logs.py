@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from typing import Final
+from collections.abc import MutableMapping
+from typing import Any, Final
 
 import structlog
 
@@ -21,6 +22,7 @@ def configure_logging(level: str, form: str) -> None:
     if form == "json":
         renderer = structlog.processors.JSONRenderer()
     else:
+        shared.append(_on_one_line)  # JSON escapes by itself
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, renderer],
@@ -42,6 +44,16 @@ def configure_logging(level: str, form: str) -> None:
     kafka.setLevel(logging.INFO if number == logging.DEBUG else logging.ERROR)
     if number > logging.DEBUG:
         handler.addFilter(_Sparse("kafka", REPEAT_SECONDS))
+
+
+def _on_one_line(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Escape what ends a line, moves the cursor or turns the text around: names come from afar."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = "".join(c if c.isprintable() else repr(c)[1:-1] for c in value)
+    return event
 
 
 class _Sparse(logging.Filter):

@@ -37,3 +37,14 @@ def test_a_library_that_repeats_itself_is_heard_once(monkeypatch: pytest.MonkeyP
 
 def test_debug_hears_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(written(monkeypatch, "debug")) == 10
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+@pytest.mark.parametrize("name", ["new\nline", "\x1b[31mred", "a\u202eb", "nul\x00", "\r", "\x85"])
+def test_no_name_breaks_a_line(form: str, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info", form)
+    structlog.get_logger("tsdiff").info(f"about {name}", entity=name, channels=[name])
+    logging.getLogger("kafka").error("topic %s", name)
+    written = capfd.readouterr().err
+    assert len(written.splitlines()) == written.count("\n") == 2
+    assert all(line.isprintable() for line in written.splitlines())

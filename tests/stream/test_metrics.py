@@ -344,7 +344,18 @@ def test_only_some_families_can_be_asked_for(filled: CollectorRegistry) -> None:
     assert {f.name for f in text_string_to_metric_families(text)} == {"tsdiff_anomaly_score"}
 
 
-HOSTILE = ['quo"te', "new\nline", "back\\slash", '\\"\n', "{}=,", "Ωμέγα ✓", "", " "]
+HOSTILE = [
+    'quo"te',
+    "new\nline",
+    "back\\slash",
+    '\\"\n',
+    "{}=,",
+    "Ωμέγα ✓",
+    "",
+    " ",
+    "a\u202eb",
+    "x" * 10_000,
+]
 
 
 def test_hostile_names_come_back_as_they_were() -> None:
