@@ -43,6 +43,8 @@ _START_S: Final = 120.0
 # Nothing more is read for so long: it is over, or something is wrong.
 _SILENCE_S: Final = 60.0
 _VARIANTS: Final = 64
+# As `tsdiff.adapt.MOST_FULL`, whose module loads JAX.
+_MOST_FULL: Final = 1000
 _STEP_S: Final = 0.02
 # A scrape of a thousand entities takes the service some tens of milliseconds.
 _SCRAPE_S: Final = 1.0
@@ -85,7 +87,7 @@ def run_kafka_bench(
         say(f"sending a backlog of {slots * entities:,} readings of {entities:,} entities")
         feeder.send_slots(slots)
         say("starting the service")
-        with _service(model, servers, name, Path(folder)) as service:
+        with _service(model, servers, name, entities, Path(folder)) as service:
             behind = _work_off(service, _WARMUP_SLOTS * entities, slots * entities)
             say(f"sending {rate:,.0f} readings/s for {seconds:g} s")
             before = service.scrape()
@@ -347,13 +349,17 @@ def _samples(text: str) -> Record:
 
 
 @contextmanager
-def _service(model: Path, servers: str, name: str, folder: Path) -> Iterator[_Service]:
+def _service(
+    model: Path, servers: str, name: str, entities: int, folder: Path
+) -> Iterator[_Service]:
     settings = {
         "model.path": model.resolve(),
         "input.bootstrap_servers": servers,
         "input.topic": name,
         "input.group": name,
         "detect.warmup_slots": _WARMUP_SLOTS,
+        # By the fleet that sends, not by the few entities of the bundle.
+        "detect.adapt": "full" if entities <= _MOST_FULL else "level",
         "grid.lateness": "0s",
         **{f"outputs.{key}": f"{name}.{key}" for key in ("scores", "alerts", "state")},
         "outputs.dead_letters": f"{name}.dead-letters",
