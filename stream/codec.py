@@ -161,12 +161,13 @@ def fit_dead_letter(letter: DeadLetter, largest: int) -> FittedLetter:
     the rest is. A refused record would stop the service instead.
     """
     key, value, own = letter.key, letter.value, letter.headers
-    if sum(len(name.encode()) + len(content) for name, content in own) > largest // 4:
-        own = ()
+    of_headers = sum(len(name.encode()) + len(content) for name, content in own)
+    if of_headers > largest // 4:
+        own, of_headers = (), 0
     if key is not None:
         key = key[: largest // 4]
     if value is not None:
-        value = value[: largest - largest // 4 * (bool(own) + bool(key))]
+        value = value[: largest - of_headers - len(key or b"")]
     headers = dead_letter_headers(replace(letter, headers=own))
     if (key, value, own) != (letter.key, letter.value, letter.headers):
         headers.append((_TRUNCATED, str(len(letter.value or b"")).encode()))

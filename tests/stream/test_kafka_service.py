@@ -172,6 +172,14 @@ def admin_create(servers: str, topic: str) -> None:
     admin.close()
 
 
+class NotUtf8(str):
+    """A header's name as another client may write it."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        del encoding, errors
+        return b"tr\xff\xfe\xfde"
+
+
 def test_bad_messages_become_dead_letters_and_stop_nothing(
     deployed: Deployment, small_bundle: SmallBundle
 ) -> None:
@@ -208,9 +216,14 @@ def test_bad_messages_become_dead_letters_and_stop_nothing(
         good(14),
         good(15),
     ]
+    # Such a name is no reason to refuse a reading; of a dead letter it is told as far as it goes.
+    odd = [(NotUtf8("trace"), b"1"), ("é", None)]
     with KafkaProducer(bootstrap_servers=deployed.servers, max_request_size=12_000_000) as producer:
         for value in [*bad, *readings]:
-            producer.send(deployed.topic, value=value, key=b"k", partition=0).get(timeout=30)
+            headers = [(name, content or b"") for name, content in odd]
+            producer.send(deployed.topic, value=value, key=b"k", partition=0, headers=headers).get(
+                timeout=30
+            )
         producer.send(deployed.topic, value=None, key=b"k", partition=0).get(timeout=30)
     worker = deployed.start()
     deployed.wait_for_scores(5, worker)
@@ -225,6 +238,7 @@ def test_bad_messages_become_dead_letters_and_stop_nothing(
         assert headers["topic"].decode() == deployed.topic
         assert (headers["partition"], headers["offset"]) == (b"0", str(number).encode())
         assert headers["error"]
+        assert {*headers} >= {"tr???e", "??"}
     scores = deployed.read_scores()
     slots = sorted(stamp for _, stamp in scores)
     assert slots == [rfc3339(start + n * small_bundle.period_ms) for n in range(10, 15)]
