@@ -22,6 +22,7 @@ from stream.records import (
     SlotScore,
     State,
 )
+from stream.words import Change, summary
 
 # While an alert is on, all channels are worth keeping (outputs.channels: top).
 _ALERTING: frozenset[State] = frozenset({"pending", "firing", "recovering"})
@@ -236,7 +237,8 @@ def _judge(
             )
             entity.alert = after
             faulty = _faulty(closing.faulty[i, t], names) if broken[i][t] else {}
-            broke_or_mended = faulty != entity.faulty
+            faulty_before = entity.faulty
+            broke_or_mended = faulty != faulty_before
             entity.faulty = faulty
             if not closing.emit:
                 continue
@@ -260,17 +262,20 @@ def _judge(
             buffer.mark_dirty(int(closing.rows[i]))
             if before.phase == "warming" and after.phase == "ok" and not broke_or_mended:
                 continue  # the end of the warm-up is nobody's alert
+            since_ms = before.since_slot * period_ms
+            change = Change(verdict, before.phase, since_ms, faulty_before)
             verdicts.alerts.append(
                 AlertEvent(
                     entity=entity.name,
                     timestamp_ms=slot * period_ms,
                     state=after.phase,
                     previous=before.phase,
-                    since_ms=before.since_slot * period_ms,
+                    since_ms=since_ms,
                     anomaly_score=score,
                     channels=verdict.channels,
                     model=config.model,
                     faulty=faulty,
+                    summary=summary(change, len(names), period_ms, config.policy),
                 )
             )
 
