@@ -247,6 +247,7 @@ class Service:
                     state=alert.state,
                     previous=alert.previous,
                     anomaly_score=alert.anomaly_score,
+                    summary=alert.summary,
                     faulty=dict(alert.faulty),
                     channels=list(alert.channels)[: self._scoring.top_channels],
                 )

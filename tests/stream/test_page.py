@@ -11,7 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from prometheus_client import CollectorRegistry
 
-from stream.compose import load_model
+from stream.compose import load_model, recent_of
+from stream.config import load_config
 from stream.decide import AlertPolicy
 from stream.demo import service_config
 from stream.embedded import EmbeddedBroker, EmbeddedService, ReadingsThread
@@ -212,6 +213,22 @@ def test_whoever_may_not_see_the_metrics_sees_no_page() -> None:
             assert (status, b"secret" in body) == (401, False)
             right = basic("prometheus", WORD)
             assert ask(made.server, path, Accept=HTML, Authorization=right)[0] == 200
+
+
+def test_the_page_can_be_turned_off(small_bundle: SmallBundle) -> None:
+    model = load_model(small_bundle.path, ((8, 4),))
+    for settings, there in (
+        ({}, True),
+        ({"metrics.page": False}, False),
+        ({"metrics.listen": ""}, False),
+    ):
+        config = load_config(None, {"model.path": "b", "input.topic": "t", **settings})
+        assert (recent_of(model, config) is not None) is there
+    with MetricsServer("127.0.0.1:0", CollectorRegistry(), Health()) as server:
+        status, headers, body = ask(server, "/", Accept=HTML)
+        assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+        assert b"browser" not in body
+        assert ask(server, "/api/overview")[0] == 404
 
 
 # -- in a browser ------------------------------------------------------------------------------
