@@ -41,6 +41,10 @@ def present(
 ) -> str:
     """Say how an entity is now, which has been in its state since `since_ms`."""
     said = []
+    faults = list(broken(score, {}))
+    calm = score.anomaly_score is not None and score.anomaly_score <= policy.trigger
+    if faults and calm and score.state == "ok":
+        return f"{'. '.join(faults)}. All else is as usual{_number(score, policy)}"
     if score.state in ("stale", "warming"):
         said.append(_new_state(score, "ok", since_ms, channels, period_ms, policy))
     elif score.anomaly_score is None or not score.channels:
@@ -51,7 +55,7 @@ def present(
         alerting = score.state in ("pending", "firing")
         start_ms = since_ms if alerting else score.timestamp_ms
         said.append(headline(_event(score, start_ms, channels, period_ms, policy)))
-    return ". ".join([*said, *broken(score, {})])
+    return ". ".join([*said, *faults])
 
 
 def _new_state(

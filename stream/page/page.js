@@ -278,7 +278,7 @@ class Entity {
   }
 
   notes(data, now) {
-    const notes = Object.entries(data.faulty).map(([name, state]) => `${name} is ${state}`);
+    const notes = [];
     if (data.since_ms > data.start_ms) notes.push(`scores since ${moment(data.since_ms, now)}`);
     if (data.channels_since_ms === null) notes.push("channels from the next slot on: their history is kept for the worst entities and for those looked at");
     else if (data.channels_since_ms > data.since_ms) notes.push(`channels since ${moment(data.channels_since_ms, now)}`);
@@ -295,7 +295,8 @@ class Entity {
       const node = old.get(channel.channel) ?? this.channelNode(channel);
       old.delete(channel.channel);
       const [mark, chart] = [node.querySelector(".mark"), node.querySelector(".chart")];
-      const share = channel.contribution !== null && data.state !== "ok" ? `${Math.round(100 * channel.contribution)} % of it` : "";
+      const alerting = ["pending", "firing", "recovering"].includes(data.state);
+      const share = alerting && channel.contribution !== null ? `share ${Math.round(100 * channel.contribution)} %` : "";
       mark.textContent = [channel.state, share].filter(Boolean).join(", ");
       mark.className = `mark ${channel.state ?? "faint"}`;
       if (channel.observed) this.figures.set(chart, () => this.channelFigure(channel, xs));

@@ -118,7 +118,11 @@ def test_how_an_entity_is_now() -> None:
     assert now(slot("ok", 0.3)).startswith(
         "nothing unusual on machine-1-6 at 12:05 UTC: the anomaly score is 0.30, the threshold 1;"
     )
-    assert now(slot("ok", 0.3, cpu="dead")).endswith("for far longer than ever in training")
+    assert now(slot("ok", 0.3, cpu="dead")) == (
+        "cpu on machine-1-6 is dead: without readings for far longer than ever in training. All "
+        "else is as usual: the anomaly score is 0.30, the threshold 1"
+    )
+    assert now(slot("firing", cpu="dead")).endswith("for far longer than ever in training")
     assert "was up to" in now(slot("ok", 1.4)) or "were up to" in now(slot("ok", 1.4))
     assert now(slot("stale")) == "machine-1-6 has sent no readings for 5 minutes or longer"
     assert now(slot("ok", None)) == "nothing can be said about machine-1-6 at 12:05 UTC"
@@ -140,6 +144,12 @@ def test_a_backfill_of_a_real_model_says_it_of_every_change(
     settings = load_config(None, {"model.path": "b", "input.topic": "t"})
     told = backfill(small_bundle.live, model, settings, tmp_path / "scores.parquet")
     assert {a.state for a in told.alerts} >= {"pending", "firing", "recovering", "ok"}
+    # The words are those of a few figures, and so do not depend on how slots share a call.
+    live = load_model(small_bundle.path, ((8, 1),))
+    again = backfill(small_bundle.live, live, settings, tmp_path / "again.parquet")
+    assert {(a.entity, a.timestamp_ms): a.summary for a in again.alerts} == {
+        (a.entity, a.timestamp_ms): a.summary for a in told.alerts
+    }
     for alert in told.alerts:
         assert alert.entity in alert.summary
         if alert.state == "firing" != alert.previous:
