@@ -280,7 +280,7 @@ class Entity {
   notes(data, now) {
     const notes = [];
     if (data.since_ms > data.start_ms) notes.push(`scores since ${moment(data.since_ms, now)}`);
-    if (data.channels_since_ms === null) notes.push("channels from the next slot on: their history is kept for the worst entities and for those looked at");
+    if (data.channels_since_ms === null) notes.push("channels from the next slot on: they are kept of the worst entities and of those looked at");
     else if (data.channels_since_ms > data.since_ms) notes.push(`channels since ${moment(data.channels_since_ms, now)}`);
     if (data.imputed_ratio > 0) notes.push(`${Math.round(100 * data.imputed_ratio)} % of the last readings are missing`);
     if (!data.service.charts) notes.push("No charts: they need the extra page, pip install 'tsdiff[page]'");
@@ -425,7 +425,11 @@ document.addEventListener("keydown", (event) => {
   if (next) { event.preventDefault(); next.focus(); }
 });
 
-document.getElementById("theme").addEventListener("click", () => setTheme(stored(isDark() ? "light" : "dark") ?? (isDark() ? "light" : "dark")));
+document.getElementById("theme").addEventListener("click", () => {
+  const name = isDark() ? "light" : "dark";
+  stored(name);
+  setTheme(name);
+});
 dark.addEventListener("change", () => view?.recolour());
 window.addEventListener("hashchange", route);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
