@@ -124,6 +124,7 @@ def encode_alert(alert: AlertEvent) -> bytes:
             "previous": alert.previous,
             "since": rfc3339(alert.since_ms),
             "anomaly_score": alert.anomaly_score,
+            "summary": alert.summary,
             "model": alert.model,
             "faulty": alert.faulty,
             "channels": _channels(alert.channels),

@@ -20,9 +20,10 @@ from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
 from stream.formats import Decoder, make_decoder
-from stream.http import Guard, Health, MetricsServer
+from stream.http import Guard, Health, MetricsServer, Site
 from stream.logs import configure_logging
 from stream.metrics import ServiceMetrics
+from stream.recent import Layout, Recent
 from stream.reload import Reloader, Wish, changed_keys
 from stream.scoring import ScoringConfig
 from stream.service import Service
@@ -30,6 +31,7 @@ from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
 from stream.tls import server_context
 from stream.topics import prepare_topics
+from stream.web import Page
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
@@ -155,6 +157,25 @@ def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
     )
 
 
+def recent_of(model: Model, config: ServiceConfig) -> Recent | None:
+    """What the page shows of the last hours; `None` where there is no page."""
+    metrics, detector = config.metrics, model.detector
+    if not metrics.listen or not metrics.page:
+        return None
+    layout = Layout(
+        detector.channels,
+        model.bundle.units,
+        detector.period_ms,
+        settle_slots=detector.window - 1 + detector.history,
+    )
+    return Recent(
+        layout,
+        policy_of(config),
+        max_entities=metrics.max_entities,
+        ttl_s=metrics.entity_ttl_ms / 1000,
+    )
+
+
 def decoder_of(config: ServiceConfig) -> Decoder:
     """The decoder of the settings' input format.
 
@@ -251,7 +272,9 @@ def run_service(
     metrics.readiness(lambda: health.unready() is None and health.unhealthy() is None)
     wish = wish or Wish()
     reload = wish.ask if config.metrics.reload and read else None
-    with _listening(config, registry, health, reload) as address:
+    recent = recent_of(model, config)
+    site = None if recent is None else Page(recent, metrics, health)
+    with _listening(config, registry, health, reload, site) as address:
         on_listening(address)
         began = time.monotonic()
         health.set_ready("the model is being compiled")
@@ -271,10 +294,11 @@ def run_service(
             scoring_of(model, config),
             metrics,
             health,
+            recent=recent,
             idle_after_s=config.grid.idle_after_ms / 1000,
         )
         first = Running(config, model)
-        reloader = reloader_of(first, service, metrics, wish, read or (lambda: config))
+        reloader = reloader_of(first, service, metrics, wish, read or (lambda: config), recent)
         try:
             whole = service.run(stop, reloader.turn)
         finally:
@@ -345,6 +369,7 @@ def reloader_of(
     metrics: ServiceMetrics,
     wish: Wish,
     read: Callable[[], ServiceConfig],
+    recent: Recent | None = None,
 ) -> Reloader[Running]:
     """Put together what reloads this service."""
     current = [first]
@@ -356,6 +381,9 @@ def reloader_of(
         metrics.budget(
             max_entities=config.metrics.max_entities, top_channels=config.metrics.top_channels
         )
+        if recent is not None:
+            recent.policy = policy_of(config)
+            recent.budget(config.metrics.max_entities)
         metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=detector.window)
         if "log.level" in new.changed:
             configure_logging(config.log.level, config.log.format)
@@ -375,12 +403,13 @@ def _listening(
     registry: CollectorRegistry,
     health: Health,
     reload: Callable[[], None] | None = None,
+    site: Site | None = None,
 ) -> Iterator[str]:
     if not config.metrics.listen:
         yield ""
         return
     listen, guard = config.metrics.listen, guard_of(config)
-    with MetricsServer(listen, registry, health, guard, reload) as server:
+    with MetricsServer(listen, registry, health, guard, reload, site) as server:
         _log.info("metrics", url=server.url)
         if server.exposed:
             _log.warning(

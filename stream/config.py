@@ -587,6 +587,11 @@ class MetricsSection(_Section):
         default=None, description="File that holds the password of the metrics port"
     )
 
+    page: bool = Field(
+        default=True,
+        description="Whether browsers get a page of entities and their channels at /; its history "
+        "takes some 2 KB of memory for each of max_entities, and at most 32 MiB for channels",
+    )
     reload: bool = Field(
         default=False,
         description="Whether a POST to /-/reload reads the settings and the bundle again, as "

@@ -1,6 +1,7 @@
 """What the service answers over HTTP: metrics, and whether it is alive and ready.
 
-/            these lines as text
+/            the page (stream/web.py) for browsers, these lines as text for others
+/api/...     what the page shows, as JSON
 /metrics     Prometheus text or OpenMetrics, as the client accepts; gzip where it may
 /-/healthy   200 while the loop goes round, else 503 and why
 /-/ready     200 once assigned, primed and compiled, else 503 and why
@@ -23,7 +24,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from time import monotonic
-from typing import Any, Self
+from typing import Any, NamedTuple, Protocol, Self
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -45,6 +46,27 @@ _INDEX = """tsdiff
 """
 _NO_RELOAD = "reloading is not enabled; set metrics.reload, or send SIGHUP\n"
 _RELOADING = "asked for; tsdiff_config_last_reload_successful and the log tell how it went\n"
+
+
+class Answer(NamedTuple):
+    """One answer, as it is sent."""
+
+    status: HTTPStatus
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class Site(Protocol):
+    """The page, as this server knows it (`stream.web.Page`)."""
+
+    index: str
+    """Lines about it for the text index."""
+
+    def answer(self, path: str, query: str, encodings: str, known: str) -> Answer | None:
+        """Answer a GET; `None` where nothing of it is.
+
+        `encodings` are those that the client takes, `known` the ETag that it has.
+        """
 
 
 class Health:
@@ -138,6 +160,7 @@ class MetricsServer:
         health: what /-/healthy and /-/ready show.
         guard: who is answered.
         reload: what a POST to /-/reload calls; None where that is not enabled.
+        site: the page at / and its parts; None where it is off.
 
     Raises:
         ConfigError: `listen` is not of that form.
@@ -152,10 +175,12 @@ class MetricsServer:
         health: Health,
         guard: Guard | None = None,
         reload: Callable[[], None] | None = None,
+        site: Site | None = None,
     ) -> None:
         host, port = parse_listen(listen)
         self._guard = guard or Guard()
-        handler = type("_BoundHandler", (_Handler,), {"health": health, "guard": self._guard})
+        bound: dict[str, Any] = {"health": health, "guard": self._guard, "site": site}
+        handler = type("_BoundHandler", (_Handler,), bound)
         handler.reload = staticmethod(reload) if reload else None  # type: ignore[attr-defined]
         handler.metrics = staticmethod(make_wsgi_app(registry))  # type: ignore[attr-defined]
         try:
@@ -163,8 +188,8 @@ class MetricsServer:
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             # The class holds the family, and TCPServer makes its socket from it.
-            bound = {"address_family": family, "tls": self._guard.tls}
-            server = type("_Server", (_Server,), bound)
+            made = {"address_family": family, "tls": self._guard.tls}
+            server = type("_Server", (_Server,), made)
             self._server: ThreadingHTTPServer = server(address, handler)
         except OSError as error:
             raise StreamError(
@@ -251,6 +276,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     health: Health
     guard: Guard
+    site: Site | None
     reload: Callable[[], None] | None
     metrics: Callable[..., list[bytes]]
     timeout = _SOCKET_TIMEOUT_S
@@ -270,10 +296,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/-/reload":
             text = _NO_RELOAD if self.reload is None else "expected POST\n"
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, text)
+        elif (answer := self._page(path, query)) is not None:
+            self._send(*answer)
         elif path == "/":
-            self._answer(HTTPStatus.OK, _INDEX)
+            self._answer(HTTPStatus.OK, self._index())
         else:
-            self._answer(HTTPStatus.NOT_FOUND, f"nothing here\n\n{_INDEX}")
+            self._answer(HTTPStatus.NOT_FOUND, f"nothing here\n\n{self._index()}")
 
     do_HEAD = do_GET
 
@@ -290,6 +318,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET\n")
 
     do_PUT = do_POST
+
+    def _index(self) -> str:
+        return _INDEX + (self.site.index if self.site is not None else "")
+
+    def _page(self, path: str, query: str) -> Answer | None:
+        # Whoever does not ask for HTML, as curl, is better served with text.
+        if self.site is None or (
+            path == "/" and "text/html" not in self.headers.get("Accept", "").lower()
+        ):
+            return None
+        encodings = self.headers.get("Accept-Encoding", "")
+        return self.site.answer(path, query, encodings, self.headers.get("If-None-Match", ""))
 
     def _admitted(self) -> bool:
         if self.guard.admits(self.headers.get("Authorization", "")):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -304,6 +304,30 @@ class ServiceMetrics:
         """Count a return to the last commit; `reason` is one of a few short names."""
         self._recoveries.labels(reason).inc()
 
+    def overview(self) -> dict[str, Any]:
+        """What a person wants to know of the service, as it is now."""
+        lag, behind_s = self._lag.state
+        model = next(iter(self._model_info.collect())).samples
+        return {
+            "readings": _total(self._readings),
+            "late_readings": _total(self._late),
+            "scores": _total(self._scores),
+            "dead_letters": _total(self._dead_letters),
+            "lag_records": sum(lag.values()),
+            "lag_seconds": behind_s,
+            "model": model[0].labels.get("model") if model else None,
+            "entities": _by_state(self._entity_states),
+            "channels": _by_state(self._channel_states),
+        }
+
+
+def _total(counter: Counter) -> int:
+    return int(sum(sample.value for sample in next(iter(counter.collect())).samples))
+
+
+def _by_state(gauge: Gauge) -> dict[str, int]:
+    return {s.labels["state"]: int(s.value) for s in next(iter(gauge.collect())).samples}
+
 
 def _version() -> str:
     try:
@@ -350,10 +374,10 @@ class _ConsumerLag:
     """Replaced as a whole, so that a partition given away leaves no series behind."""
 
     def __init__(self) -> None:
-        self._state: tuple[dict[PartitionId, int], float] = ({}, 0.0)
+        self.state: tuple[dict[PartitionId, int], float] = ({}, 0.0)
 
     def replace(self, records: Mapping[PartitionId, int], seconds: float) -> None:
-        self._state = (dict(records), max(0.0, seconds))
+        self.state = (dict(records), max(0.0, seconds))
 
     def describe(self) -> list[Metric]:
         return [
@@ -369,7 +393,7 @@ class _ConsumerLag:
         ]
 
     def collect(self) -> Iterator[Metric]:
-        by_partition, seconds = self._state
+        by_partition, seconds = self.state
         records, age = self.describe()
         for partition, count in by_partition.items():
             labels = {"topic": partition.topic, "partition": str(partition.partition)}

@@ -102,3 +102,5 @@ class AlertEvent:
     channels: dict[str, ChannelScore]
     model: str
     faulty: Mapping[str, ChannelState] = field(default_factory=dict)
+    summary: str = ""
+    """What happened, in one plain sentence for people (`stream.words`)."""

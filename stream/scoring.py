@@ -22,6 +22,7 @@ from stream.records import (
     SlotScore,
     State,
 )
+from stream.words import Change, summary
 
 # While an alert is on, all channels are worth keeping (outputs.channels: top).
 _ALERTING: frozenset[State] = frozenset({"pending", "firing", "recovering"})
@@ -84,6 +85,25 @@ class ScoringConfig:
     top_channels: int = 5
 
 
+class Detail(NamedTuple):
+    """All channels of the slots that have just been scored, for whoever shows them.
+
+    `anomaly_score` (n, T) and the others (n, T, D) are of n entities; NaN where there is nothing.
+    """
+
+    entities: list[str]
+    first_slot: int
+    emit: bool
+    anomaly_score: Float32
+    observed: Float32
+    expected: Float32
+    lower: Float32
+    upper: Float32
+
+
+Watcher = Callable[[Detail], None]
+
+
 @dataclass
 class Verdicts:
     """What one round of the loop has to say."""
@@ -107,10 +127,12 @@ def score_rounds(
     scorer: Scorer,
     config: ScoringConfig,
     detecting: Callable[[], None] = lambda: None,
+    watcher: Watcher | None = None,
 ) -> Verdicts:
     """Run every partition's closings to their end, scoring those of one round together.
 
-    `detecting` is called before each round; a long backlog keeps its heartbeat with it.
+    `detecting` is called before each round; a long backlog keeps its heartbeat with it. `watcher`
+    is shown all channels of each closing, also of those that rebuild and emit nothing.
     """
     verdicts = Verdicts()
     waiting = list(turns)
@@ -124,7 +146,7 @@ def score_rounds(
                 still.append((buffer, closings))
         if round_:
             detecting()
-            _score_round(round_, scorer, config, verdicts)
+            _score_round(round_, scorer, config, verdicts, watcher)
         waiting = still
     return verdicts
 
@@ -134,6 +156,7 @@ def _score_round(
     scorer: Scorer,
     config: ScoringConfig,
     verdicts: Verdicts,
+    watcher: Watcher | None,
 ) -> None:
     scored = [_blank(closing, len(scorer.channels)) for _, closing in round_]
     spans = [(i, span) for i, (_, closing) in enumerate(round_) for span in closing.spans]
@@ -142,7 +165,24 @@ def _score_round(
     spans = [(i, span) for i, (b, closing) in enumerate(round_) for span in b.rest(closing)]
     _detect(round_, spans, scorer, scored)
     for (buffer, closing), result in zip(round_, scored, strict=True):
+        if watcher is not None:
+            watcher(_detail(buffer, closing, result, config))
         _judge(buffer, closing, result, scorer.channels, config, verdicts)
+
+
+def _detail(
+    buffer: PartitionBuffer, closing: Closing, scored: _Scored, config: ScoringConfig
+) -> Detail:
+    return Detail(
+        [buffer.entity(row).name for row in closing.rows.tolist()],
+        closing.first_slot,
+        closing.emit,
+        scored.evidence / np.float32(config.threshold),
+        closing.values,
+        scored.expected,
+        scored.lower,
+        scored.upper,
+    )
 
 
 def _detect(
@@ -236,7 +276,8 @@ def _judge(
             )
             entity.alert = after
             faulty = _faulty(closing.faulty[i, t], names) if broken[i][t] else {}
-            broke_or_mended = faulty != entity.faulty
+            faulty_before = entity.faulty
+            broke_or_mended = faulty != faulty_before
             entity.faulty = faulty
             if not closing.emit:
                 continue
@@ -260,17 +301,20 @@ def _judge(
             buffer.mark_dirty(int(closing.rows[i]))
             if before.phase == "warming" and after.phase == "ok" and not broke_or_mended:
                 continue  # the end of the warm-up is nobody's alert
+            since_ms = before.since_slot * period_ms
+            change = Change(verdict, before.phase, since_ms, faulty_before)
             verdicts.alerts.append(
                 AlertEvent(
                     entity=entity.name,
                     timestamp_ms=slot * period_ms,
                     state=after.phase,
                     previous=before.phase,
-                    since_ms=before.since_slot * period_ms,
+                    since_ms=since_ms,
                     anomaly_score=score,
                     channels=verdict.channels,
                     model=config.model,
                     faulty=faulty,
+                    summary=summary(change, len(names), period_ms, config.policy),
                 )
             )
 

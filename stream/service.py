@@ -18,6 +18,7 @@ from stream.codec import CommitMetadata
 from stream.errors import RetryableError
 from stream.http import Health
 from stream.metrics import Misplaced, ServiceMetrics
+from stream.recent import Recent
 from stream.records import ChannelState, PartitionId, ReadingBatch, State
 from stream.scoring import Scorer, ScoringConfig, score_rounds
 from stream.sinks import Position, Round, Sink
@@ -44,6 +45,7 @@ class Service:
         metrics: ServiceMetrics,
         health: Health,
         *,
+        recent: Recent | None = None,
         idle_after_s: float = 300.0,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
@@ -55,6 +57,7 @@ class Service:
         self._scoring = scoring
         self._metrics = metrics
         self._health = health
+        self._recent = recent
         self._idle_after_s = idle_after_s
         self._clock = clock
         self._sleep = sleep
@@ -119,6 +122,9 @@ class Service:
         for _ in range(polled.stalled):
             self._metrics.recovery("stall")
         for partition in polled.revoked:
+            if self._recent is not None and partition in self._buffers:
+                # After a failed commit it is kept: what was committed is still true.
+                self._recent.forget(self._buffers[partition].names)
             self._forget(partition)
         for partition, resume in polled.assigned.items():
             self._buffers[partition] = self._resume(partition, resume)
@@ -126,7 +132,8 @@ class Service:
         round_ = Round()
         turns = [self._begin(batch, round_) for batch in polled.batches]
         with self._metrics.stage("score"):
-            verdicts = score_rounds(turns, self._scorer, self._scoring, self._health.beat)
+            watcher = self._recent.take if self._recent is not None else None
+            verdicts = score_rounds(turns, self._scorer, self._scoring, self._health.beat, watcher)
         round_.scores, round_.alerts = verdicts.scores, verdicts.alerts
         for batch in polled.batches:
             self._finish(batch, round_)
@@ -229,6 +236,8 @@ class Service:
             metrics.dead_letter(letter.reason)
         metrics.scores(len(round_.scores))
         metrics.observe_scores(round_.scores)
+        if self._recent is not None:
+            self._recent.observe(round_.scores, round_.alerts)
         for alert in round_.alerts:
             # An alert of the same state is about its faulty channels.
             if alert.state == alert.previous or "firing" in (alert.state, alert.previous):
@@ -238,6 +247,7 @@ class Service:
                     state=alert.state,
                     previous=alert.previous,
                     anomaly_score=alert.anomaly_score,
+                    summary=alert.summary,
                     faulty=dict(alert.faulty),
                     channels=list(alert.channels)[: self._scoring.top_channels],
                 )

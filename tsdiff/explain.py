@@ -84,6 +84,8 @@ class Event:
     `deviations` are all channels or those that contribute most, in any order; `channels` is how
     many the entity has. `anomaly_score` and `p_value` are those of the rarest slot; from
     `threshold` on the event is unusual. `steps` says that times count periods, not from 1970.
+    `latest` says that `deviations` and numbers are those of the last slot alone, as live: how far
+    off the slots before it were is not known any more.
     """
 
     entity: str
@@ -97,6 +99,7 @@ class Event:
     p_value: float
     threshold: float = 1.0
     steps: bool = False
+    latest: bool = False
 
     @property
     def slots(self) -> int:
@@ -126,7 +129,7 @@ def paragraph(event: Event) -> str:
         have = "has" if len(silent) == 1 else "have"
         sent = f"{have} sent" if event.ongoing else "sent"
         slot = "in that slot" if event.slots == 1 else "in that time"
-        sentences.append(f"{_list(_shortened(silent))} {sent} nothing {slot}.")
+        sentences.append(f"{names_text(silent)} {sent} nothing {slot}.")
     return " ".join(sentences)
 
 
@@ -162,13 +165,15 @@ def _what_happened(event: Event, *, dated: bool) -> str:
             f"its 90 % band by itself; {guilty[0].channel} contributes most"
         )
     else:
-        what = f"{_who_is_off(guilty, event)} {when}"
+        what = f"{_who_is_off(guilty, event)}{', unusual' if event.latest else ''} {when}"
     return f"{what}; {rarity(event.p_value, event.period_ms)}"
 
 
 def _who_is_off(guilty: Sequence[Deviation], event: Event) -> str:
     many = len(guilty) > 1
     be = ("have been" if many else "has been") if event.ongoing else ("were" if many else "was")
+    if event.latest:
+        be = "are" if many else "is"
     sides = {deviation.side for deviation in guilty}
     mixed = len(sides) > 1
     names = [_with_side(d) if mixed else d.channel for d in guilty]
@@ -177,7 +182,7 @@ def _who_is_off(guilty: Sequence[Deviation], event: Event) -> str:
     around = "" if mixed or guilty[0].side != "around" else ", now above and now below,"
     implied = _implied(event.channels - len(guilty), many=many, ongoing=event.ongoing)
     return (
-        f"{_list(_shortened(names))} on {event.entity}{still} {be} {_distance(guilty, event)}"
+        f"{names_text(names)} on {event.entity}{still} {be} {_distance(guilty, event)}"
         f"{where} {implied}{around}"
     )
 
@@ -192,7 +197,7 @@ def _distance(guilty: Sequence[Deviation], event: Event) -> str:
     moving = [deviation.times for deviation in guilty if not deviation.still]
     if not moving:
         return ""
-    most = "up to " if len(guilty) > 1 or event.slots > 1 else ""
+    most = "up to " if len(guilty) > 1 or (event.slots > 1 and not event.latest) else ""
     if max(moving) > _COUNTED:
         most = ""
     whose = "their" if len(guilty) > 1 else "its"
@@ -226,14 +231,11 @@ def _reading(deviation: Deviation, event: Event) -> str:
     )
 
 
-def _shortened(names: Sequence[str]) -> list[str]:
-    """Return the first names; of more only their number, and never "1 more" for a name."""
-    if len(names) <= NAMED + 1:
-        return list(names)
-    return [*names[:NAMED], f"{len(names) - NAMED} more channels"]
-
-
-def _list(words: Sequence[str]) -> str:
+def names_text(names: Sequence[str]) -> str:
+    """Return `a, b and c`; of more than four only their number, and never "1 more" for a name."""
+    words = list(names)
+    if len(words) > NAMED + 1:
+        words = [*words[:NAMED], f"{len(words) - NAMED} more channels"]
     if len(words) < 2:
         return "".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"

@@ -158,6 +158,8 @@ def test_the_entry_command_works_in_a_clean_environment(clean: Path) -> None:
     entry, command = json.loads(last("ENTRYPOINT")), json.loads(last("CMD"))
     where = in_image(clean, "python", "-c", "import stream, train, tsdiff; print(tsdiff.__file__)")
     assert str(clean) in where.stdout, where.stderr
+    files = "import stream.web as w; print(*(p.name for p in w._FOLDER.iterdir()))"
+    assert "page.html" in in_image(clean, "python", "-c", files).stdout, "the page's own files"
     version = in_image(clean, *entry, "--version")
     assert version.stdout.strip() == f"tsdiff {PROJECT['version']}"
     shown = in_image(clean, *entry, command[0], "--help")

@@ -379,14 +379,16 @@ def test_a_record_is_json_whatever_the_numbers(number: float, observed: float | 
 
 
 def test_an_alert_as_a_record() -> None:
-    alert = AlertEvent("a", NOON, "firing", "pending", NOON - 60_000, 1.5, {"cpu": CHANNEL}, "m@0")
+    channels = {"cpu": CHANNEL}
+    alert = AlertEvent("a", NOON, "firing", "pending", 0, 1.5, channels, "m@0", summary="cpu")
     assert json.loads(encode_alert(alert)) == {
         "entity": "a",
         "timestamp": "2026-11-23T12:00:00Z",
         "state": "firing",
         "previous": "pending",
-        "since": "2026-11-23T11:59:00Z",
+        "since": "1970-01-01T00:00:00Z",
         "anomaly_score": 1.5,
+        "summary": "cpu",
         "model": "m@0",
         "faulty": {},
         "channels": {"cpu": CHANNEL._asdict()},

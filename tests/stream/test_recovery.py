@@ -106,7 +106,7 @@ def told(committed: Committed) -> list[tuple[object, ...]]:
 
 def changes(committed: Committed) -> list[tuple[object, ...]]:
     return sorted(
-        (a.entity, a.timestamp_ms, a.state, a.previous, tuple(a.faulty.items()))
+        (a.entity, a.timestamp_ms, a.state, a.previous, tuple(a.faulty.items()), a.summary)
         for a in committed.alerts
     )
 

@@ -18,6 +18,7 @@ from stream.buffer import EntitySnapshot
 from stream.errors import RetryableError, StreamError
 from stream.http import Health
 from stream.metrics import ServiceMetrics
+from stream.recent import Layout, Recent
 from stream.records import (
     ChannelScore,
     DeadLetter,
@@ -28,7 +29,7 @@ from stream.records import (
 from stream.service import Service
 from stream.sinks import MemorySink, ParquetSink, Round, Sink
 from stream.sources import HistorySource, MemorySource, Polled, Resume, Source
-from tests.stream.fakes import SCORING, FakeScorer, Reading, batch, grid
+from tests.stream.fakes import POLICY, SCORING, FakeScorer, Reading, batch, grid
 from tsdiff.history import EntityHistory, History
 
 OTHER = PartitionId("in", 1)
@@ -101,6 +102,8 @@ class Bench:
     def __post_init__(self) -> None:
         self.registry = CollectorRegistry()
         self.health = Health()
+        layout = Layout(("a", "b"), ("", ""), 10, settle_slots=5)
+        self.recent = Recent(layout, POLICY, max_entities=9, ttl_s=1e9, clock=lambda: self.now)
         self.service = Service(
             self.source,
             self.sink,
@@ -111,6 +114,7 @@ class Bench:
                 self.registry, channels=("a", "b"), max_entities=9, top_channels=2, entity_ttl_s=9
             ),
             self.health,
+            recent=self.recent,
             idle_after_s=60.0,
             clock=lambda: self.now,
             sleep=self.slept.append,
@@ -201,14 +205,26 @@ def test_failed_commits_lose_nothing_and_repeat_nothing(failing: set[int], size:
     sink = FailingSink(failing=tuple(failing))
     bench = Bench(MemorySource(batches(size), sink.resume), sink)
     bench.service.run()
+    calm = Bench(MemorySource(batches(size)), MemorySink())
+    calm.service.run()
     assert sink.scores == expected.scores
     assert sink.alerts == expected.alerts
     assert letters(sink) == letters(expected)
     # What was undone is not counted.
     assert counted(bench) == totals
+    assert on_the_page(bench, "a") == on_the_page(calm, "a")
     failed = len([number for number in failing if number < sink.commits])
     assert sink.resets == failed
     assert bench.metric("recoveries_total", reason="commit") == (failed or None)
+
+
+def on_the_page(bench: Bench, entity: str) -> list[object]:
+    """Scores, states, and what was observed and expected, of the slots that are kept."""
+    past = bench.recent.past(entity)
+    assert past is not None
+    assert past.cells is not None
+    arrays = (past.slots, past.scores, past.states, past.cells)
+    return [np.nan_to_num(array).tolist() for array in arrays]
 
 
 def letters(sink: MemorySink) -> list[int]:
@@ -326,6 +342,8 @@ def test_a_revoked_partition_is_forgotten() -> None:
     bench.step()
     assert bench.metric("anomaly_score", entity="b") is None
     assert bench.metric("anomaly_score", entity="a") is not None
+    assert bench.recent.past("b") is None
+    assert bench.recent.past("a") is not None
     assert bench.metric("entities", state="ok") == 1
     assert bench.metric("rebalances_total") == 2
     bench.step()

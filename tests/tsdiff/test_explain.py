@@ -138,6 +138,19 @@ def test_what_is_over_is_told_in_the_past() -> None:
     assert " were " in headline(event(channel("a", 5, 0.5), channel("b", 5, 0.5), ongoing=False))
 
 
+def test_of_the_latest_slot_alone_nothing_is_said_about_those_before() -> None:
+    one = headline(event(channel("a", 5.0, 0.9), latest=True))
+    assert one.startswith(
+        "a on machine-1-6 is 5.0 times its usual error above what the other 37 channels imply, "
+        "unusual since 12:04 UTC; about"
+    )
+    two = headline(event(channel("a", 5.0, 0.5), channel("b", -3.0, 0.5), latest=True))
+    assert two.startswith(
+        "a (above) and b (below) on machine-1-6 are up to 5.0 times their usual error away from "
+        "what the other 36 channels imply, unusual since 12:04 UTC; about"
+    )
+
+
 def test_one_slot_has_no_up_to_and_no_duration() -> None:
     said = headline(event(channel("a", 5.0, 0.9), ongoing=False, end_ms=NOON + 5 * MINUTE))
     assert "was 5.0 times its usual error above" in said
