@@ -220,8 +220,7 @@ def test_bad_messages_become_dead_letters_and_stop_nothing(
     odd = [(NotUtf8("trace"), b"1"), ("é", b"")]
     with KafkaProducer(bootstrap_servers=deployed.servers, max_request_size=12_000_000) as producer:
         for value in [*bad, *readings]:
-            headers = [(name, content or b"") for name, content in odd]
-            producer.send(deployed.topic, value=value, key=b"k", partition=0, headers=headers).get(
+            producer.send(deployed.topic, value=value, key=b"k", partition=0, headers=odd).get(
                 timeout=30
             )
         producer.send(deployed.topic, value=None, key=b"k", partition=0).get(timeout=30)
