@@ -4,7 +4,7 @@ import heapq
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from stream.records import STATES, ChannelScore, SlotScore, State
 from tsdiff.errors import ConfigError
@@ -145,6 +145,11 @@ class Points(NamedTuple):
     timestamps_ms: "array[int]"
     values: "array[float]"
 
+    @classmethod
+    def empty(cls) -> Self:
+        """Without a sample yet."""
+        return cls(array("q"), array("d"))
+
 
 class SeriesBuffer:
     """Samples by series until there are enough of them to be worth a write."""
@@ -159,7 +164,7 @@ class SeriesBuffer:
         """Append to a series."""
         points = self.series.get(key)
         if points is None:
-            points = self.series[key] = Points(array("q"), array("d"))
+            points = self.series[key] = Points.empty()
             self.bytes += len(key[0]) + sum(len(text) for text in key[1]) + _SERIES_BYTES
         points.timestamps_ms.append(timestamp_ms)
         points.values.append(value)
