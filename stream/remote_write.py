@@ -150,8 +150,12 @@ class Endpoint:
     tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # A port that is no number, or half an IPv6 address.
+            usable = False
+        if not usable:
             raise ConfigError(
                 "expected --remote-write as http://HOST:PORT/api/v1/write or https://..., "
                 f"got {self.url!r}"

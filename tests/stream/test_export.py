@@ -579,6 +579,8 @@ def test_who_we_are_is_shown(certificates: Certificates) -> None:
     [
         ({"url": "localhost:9090"}, "expected --remote-write as http"),
         ({"url": "ftp://h/x"}, "expected --remote-write as http"),
+        ({"url": "http://h:port/x"}, "expected --remote-write as http"),
+        ({"url": "http://[::1/x"}, "expected --remote-write as http"),
         ({"url": "http://ann:secret@h/x"}, "without a user or password"),
         ({"url": "http://h/x", "user": "ann"}, "together, got one"),
         ({"url": "http://h/x", "user": "a", "password": "p", "token": "t"}, "got both"),
