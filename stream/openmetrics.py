@@ -1,8 +1,9 @@
 """Scores as OpenMetrics text with timestamps, for `promtool tsdb create-blocks-from openmetrics`.
 
 The format wants all samples of a series to stand together, while scores come in the order of time.
-So samples are spooled: runs that are sorted by series, in a temporary file, are merged at the end.
-Memory grows with the number of series, not with the length of the history.
+(promtool itself takes series as they come, but drops without a word what is older than a sample
+before it.) So samples are spooled: runs that are sorted by series, in a temporary file, are merged
+at the end. Memory grows with the number of series, not with the length of the history.
 """
 
 import os
