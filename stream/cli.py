@@ -3,8 +3,9 @@
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tsdiff.durations import parse_duration_ms
 from tsdiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stream.buffer import Grid
 
 _err: Final = Console(stderr=True)
 
@@ -110,33 +114,89 @@ def backfill(
         Path, typer.Argument(help="Parquet file, or a folder of entities, with the history.")
     ],
     model: Annotated[Path, typer.Option("--model", "-m", help="Bundle that `tsdiff train` made.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file for the scores.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Parquet file for the scores.")
+    ] = None,
+    openmetrics: Annotated[
+        Path | None,
+        typer.Option(help="OpenMetrics file for `promtool tsdb create-blocks-from openmetrics`."),
+    ] = None,
+    remote_write: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where to send series by Prometheus' remote write 1.0."),
+    ] = None,
+    remote_write_user: Annotated[
+        str | None, typer.Option(help="User to name there (basic authentication).")
+    ] = None,
+    remote_write_password_file: Annotated[
+        Path | None, typer.Option(help="File that holds the user's password.")
+    ] = None,
+    remote_write_token_file: Annotated[
+        Path | None, typer.Option(help="File that holds a bearer token, in place of a user.")
+    ] = None,
+    remote_write_ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates (PEM) to trust there, not the system's.")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Label of all series for Prometheus, such as instance=...; may be repeated. "
+            "job=tsdiff is there by itself; an empty value takes it away.",
+        ),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Write slots from here on: RFC 3339 or epoch.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Write slots before this: RFC 3339 or epoch.")
+    ] = None,
     config: ConfigOption = None,
     settings: SetOption = None,
     part: Annotated[
         str, typer.Option(help="In folders <entity>/{train,test}.parquet: which of them.")
     ] = "test",
 ) -> None:
-    """Score history: Parquet in, Parquet scores out, through the same loop as live.
+    """Score history through the same loop as live: to Parquet, to Prometheus, or both.
 
     A slot is scored, as live, once a reading beyond its end and grid.lateness shows that it is
-    over; the newest one or two stay open.
+    over; the newest one or two stay open. Series for Prometheus are those of the service's
+    /metrics, each sample with the time of its slot.
 
     Examples:
 
         tsdiff backfill history/ -m bundle -o scores.parquet
 
         tsdiff backfill web-17.parquet -m bundle -o scores.parquet --set outputs.channels=all
+
+        tsdiff backfill history/ -m bundle --openmetrics scores.om --until 2026-11-23T12:00:00Z
+
+        tsdiff backfill history/ -m bundle --remote-write http://localhost:9090/api/v1/write
     """
+    import time  # noqa: PLC0415
+
+    from stream.backfill import Output, Span, refuse_recent  # noqa: PLC0415
     from stream.backfill import backfill as score_history  # noqa: PLC0415
     from stream.compose import grid_of, load_model  # noqa: PLC0415
     from stream.config import load_config  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
+    from stream.openmetrics import OpenMetricsSink  # noqa: PLC0415
+    from stream.series import external_labels  # noqa: PLC0415
     from tsdiff.detector import HISTORY_SHAPES  # noqa: PLC0415
     from tsdiff.history import load_history  # noqa: PLC0415
 
-    if output.exists() and data.exists() and output.samefile(data):
-        raise ConfigError(f"expected another file for --output than the history {data} itself")
+    files = {"--output": output, "--openmetrics": openmetrics}
+    _expect_outputs(data, files, remote_write)
+    access = {
+        "--remote-write-user": remote_write_user,
+        "--remote-write-password-file": remote_write_password_file,
+        "--remote-write-token-file": remote_write_token_file,
+        "--remote-write-ca-file": remote_write_ca_file,
+    }
+    client = _remote_write_client(remote_write, access)
+    if label and openmetrics is None and client is None:
+        raise ConfigError("expected --label with --openmetrics or --remote-write, got it alone")
+    labels, span = external_labels(label or []), Span.parse(since, until)
     # History has no topic; the key is there because live settings files have it.
     overrides = {"model.path": str(model), "input.topic": "history", **_overrides(settings or [])}
     loaded = load_config(config, overrides)
@@ -151,26 +211,92 @@ def backfill(
     )
     for warning in history.warnings:
         _warn(warning)
+    if openmetrics is not None:
+        refuse_recent(history, grid_of(built, loaded), span, time.time() * 1000)
     total = sum(len(e.timestamps_ms) for e in history.entities)
+    top = loaded.metrics.top_channels
+    others: list[Output] = []
+    remote = None
+    if client is not None:
+        from stream.remote_write import RemoteWriteSink  # noqa: PLC0415
+
+        # First, so that files get their names only when the server has taken everything.
+        remote = RemoteWriteSink(client, labels, top_channels=top)
+        others.append(remote)
+    if openmetrics is not None:
+        others.append(OpenMetricsSink(openmetrics, labels, top_channels=top))
     progress, task = _bar(total, "scoring")
-    with progress:
-        summary = score_history(
-            history, built, loaded, output, lambda done: progress.update(task, completed=done)
-        )
-        progress.update(task, completed=total)
-    if summary.warming:
-        grid = grid_of(built, loaded)
+    try:
+        with progress:
+            summary = score_history(
+                history,
+                built,
+                loaded,
+                output,
+                lambda done: progress.update(task, completed=done),
+                others=others,
+                span=span,
+            )
+            progress.update(task, completed=total)
+    except BaseException:
+        if remote is not None:
+            _warn(remote.told())
+        raise
+    _warn_of_warming(summary.warming, grid_of(built, loaded))
+    firing = [a for a in summary.alerts if a.state == "firing" != a.previous]
+    places = [str(place) for place in (output, openmetrics, remote_write) if place is not None]
+    typer.echo(
+        f"{summary.readings} readings of {len(history.entities)} entities, {summary.scores} scores "
+        f"and {len(firing)} alerts -> {', '.join(places)}"
+    )
+
+
+def _warn_of_warming(entities: Sequence[str], grid: "Grid") -> None:
+    if entities:
         _warn(
-            f"no score for {', '.join(summary.warming[:5])}"
-            f"{' and others' if len(summary.warming) > 5 else ''}: their history is shorter than "
+            f"no score for {', '.join(entities[:5])}"
+            f"{' and others' if len(entities) > 5 else ''}: their history is shorter than "
             f"the warm-up of {grid.warmup_slots} slots ({grid.newcomer_slots} for an entity never "
             "seen in training, detect.warmup_slots)"
         )
-    firing = [a for a in summary.alerts if a.state == "firing" != a.previous]
-    typer.echo(
-        f"{summary.readings} readings of {len(history.entities)} entities, {summary.scores} scores "
-        f"and {len(firing)} alerts -> {output}"
+
+
+def _expect_outputs(data: Path, files: dict[str, Path | None], url: str | None) -> None:
+    """See that there is somewhere to write to, and that no file is written twice or over."""
+    given = {name: path for name, path in files.items() if path is not None}
+    if not given and url is None:
+        raise ConfigError(
+            "expected at least one of --output, --openmetrics and --remote-write, got none; see "
+            "tsdiff backfill --help"
+        )
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise ConfigError("expected another file for --openmetrics than for --output")
+    for name, path in given.items():
+        if path.exists() and data.exists() and path.samefile(data):
+            raise ConfigError(f"expected another file for {name} than the history {data} itself")
+
+
+def _remote_write_client(url: str | None, access: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The client of a server; its packages are imported only where it is asked for."""
+    if url is None:
+        needless = [name for name, value in access.items() if value is not None]
+        if needless:
+            raise ConfigError(f"expected --remote-write with {needless[0]}")
+        return None
+    from stream._layers import read_secret_file  # noqa: PLC0415
+    from stream.remote_write import Client, Endpoint  # noqa: PLC0415
+    from stream.tls import trusting  # noqa: PLC0415
+
+    user, *files = access.values()
+    password, token = (
+        None if file is None else read_secret_file(file, name)
+        for name, file in zip(list(access)[1:3], files[:2], strict=True)
     )
+    cafile = files[2]
+    tls = trusting("--remote-write-ca-file", cafile) if url.startswith("https:") else None
+    if cafile is not None and tls is None:
+        raise ConfigError(f"expected --remote-write https://... with a ca file, got {url!r}")
+    return Client(Endpoint(url, user, password, token, tls))
 
 
 def replay(

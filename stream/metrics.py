@@ -5,7 +5,6 @@ asks. Labels stay bounded: entities by `max_entities`, channels by `top_channels
 by short fixed lists. Message keys never become labels.
 """
 
-import heapq
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,12 +29,12 @@ from stream.memory import memory_limit_bytes
 from stream.records import (
     CHANNEL_STATES,
     STATES,
-    ChannelScore,
     ChannelState,
     PartitionId,
     SlotScore,
     State,
 )
+from stream.series import ALERTING, ENTITY_FAMILIES, entity_samples
 
 # fetch waits for readings and decodes them; score is windows, model and alert rule; commit writes
 # everything and the offsets.
@@ -44,8 +43,6 @@ STAGES: tuple[Stage, ...] = ("fetch", "score", "commit")
 
 Misplaced = Literal["no_key", "two_partitions"]
 MISPLACED: tuple[Misplaced, ...] = ("no_key", "two_partitions")
-
-ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
 
 # Close together around the goal (99 % under one second), then wide: past a minute only the order
 # of magnitude matters.
@@ -491,100 +488,20 @@ class _EntitySeries:
 
     def describe(self) -> list[Metric]:
         return [
-            GaugeMetricFamily(name, text, labels=labels) for name, text, labels in _ENTITY_FAMILIES
+            GaugeMetricFamily(name, text, labels=labels) for name, text, labels in ENTITY_FAMILIES
         ]
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             self._expire(self._clock())
             scores = list(self._last.values())
-        families = self.describe()
-        anomaly, active, ratio, expected, lower, upper, observed = families[:7]
-        imputed, stamp, state, of_state = families[7:]
+        families = {family.name: family for family in self.describe()}
         for score in scores:
-            labels = {"entity": score.entity}
-            if score.anomaly_score is not None:
-                anomaly.add_sample(anomaly.name, labels, score.anomaly_score)
-            active.add_sample(active.name, labels, 1 if score.state in ALERTING else 0)
-            imputed.add_sample(imputed.name, labels, score.imputed_ratio)
-            stamp.add_sample(stamp.name, labels, score.timestamp_ms / 1000)
-            for known in STATES:
-                state.add_sample(
-                    state.name, {**labels, "state": known}, 1 if score.state == known else 0
-                )
-            for name, fault in score.faulty.items():
-                of_state.add_sample(of_state.name, {**labels, "channel": name, "state": fault}, 1)
-            for name, channel in self._top(score):
-                of_channel = {**labels, "channel": name}
-                ratio.add_sample(ratio.name, of_channel, channel.contribution)
-                for family, value in (
-                    (expected, channel.expected),
-                    (lower, channel.lower),
-                    (upper, channel.upper),
-                    (observed, channel.observed),
-                ):
-                    if value is not None:
-                        family.add_sample(family.name, of_channel, value)
-        yield from families
-
-    def _top(self, score: SlotScore) -> list[tuple[str, ChannelScore]]:
-        channels = score.channels.items()
-        if len(channels) <= self._top_channels:
-            return list(channels)
-        return heapq.nlargest(self._top_channels, channels, key=_contribution)
+            for (name, _, labels), values, value in entity_samples(score, self._top_channels):
+                families[name].add_sample(name, dict(zip(labels, values, strict=True)), value)
+        yield from families.values()
 
 
 def _urgent(score: SlotScore) -> bool:
     """Whether somebody has to be told: such entities take the place of calm ones."""
     return score.state in ALERTING or bool(score.faulty)
-
-
-def _contribution(item: tuple[str, ChannelScore]) -> float:
-    return item[1].contribution
-
-
-_ENTITY_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "tsdiff_anomaly_score",
-        "How unusual the last slot is; 1 is as rare as the false alarms asked for.",
-        ("entity",),
-    ),
-    ("tsdiff_alert_active", "1 while the entity's alert is firing or recovering.", ("entity",)),
-    (
-        "tsdiff_channel_contribution_ratio",
-        "Share of the anomaly that is this channel's; all channels together make 1.",
-        ("entity", "channel"),
-    ),
-    (
-        "tsdiff_channel_expected",
-        "Value that the model expected, in the channel's own unit.",
-        ("entity", "channel"),
-    ),
-    (
-        "tsdiff_channel_lower",
-        "Lower end of the band that holds 90 % of what was expected.",
-        ("entity", "channel"),
-    ),
-    (
-        "tsdiff_channel_upper",
-        "Upper end of the band that holds 90 % of what was expected.",
-        ("entity", "channel"),
-    ),
-    (
-        "tsdiff_channel_observed",
-        "Value that was read, in the channel's own unit.",
-        ("entity", "channel"),
-    ),
-    ("tsdiff_imputed_ratio", "Share of the last slot's cells without a reading.", ("entity",)),
-    (
-        "tsdiff_score_timestamp_seconds",
-        "Event time of the last slot that was scored, in seconds since the epoch.",
-        ("entity",),
-    ),
-    ("tsdiff_entity_state", "1 for the state that the entity is in.", ("entity", "state")),
-    (
-        "tsdiff_channel_state",
-        "1 while the channel is dead (no readings) or stuck (always the same one).",
-        ("entity", "channel", "state"),
-    ),
-)

@@ -286,14 +286,9 @@ class ParquetSink:
             raise StreamError(
                 f"cannot write scores to {path}: {error.strerror or error}; name another file"
             ) from error
-        self.alerts: list[AlertEvent] = []
-        self.rows = 0
-        self.scored: set[str] = set()
-        """Entities that have a score, not only slots of their warm-up."""
 
     def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401
         """Append the scores of a round as one row group."""
-        self.alerts.extend(round_.alerts)
         if not round_.scores:
             return
         columns: dict[str, list[Any]] = {name: [] for name in SCORES_SCHEMA.names}
@@ -307,10 +302,7 @@ class ParquetSink:
             columns["model"].append(score.model)
             columns["faulty"].append(list(score.faulty.items()))
             columns["channels"].append([(n, c._asdict()) for n, c in score.channels.items()])
-            if score.anomaly_score is not None:
-                self.scored.add(score.entity)
         self._writer.write_table(pa.table(columns, schema=SCORES_SCHEMA))
-        self.rows += len(round_.scores)
 
     def reset(self) -> None:
         """Nothing can have failed."""

@@ -185,16 +185,17 @@ class HistorySource:
         self.total = sum(len(e.timestamps_ms) for e in history.entities)
         self._batches = history_batches(history)
         self._progress = progress
-        self._done = 0
+        self.done = 0
+        """Readings polled so far."""
 
     def poll(self) -> Polled:
         """Return the next batch, and tell how many readings are done before it."""
-        self._progress(self._done)
+        self._progress(self.done)
         batch = next(self._batches, None)
         if batch is None:
             return Polled(ended=True)
-        assigned = {} if self._done else {batch.partition: Resume()}
-        self._done += len(batch.entities)
+        assigned = {} if self.done else {batch.partition: Resume()}
+        self.done += len(batch.entities)
         return Polled(batches=[batch], assigned=assigned)
 
     def rewind(self) -> None:
@@ -203,7 +204,7 @@ class HistorySource:
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Readings not yet polled."""
-        return {PARQUET_PARTITION: self.total - self._done}
+        return {PARQUET_PARTITION: self.total - self.done}
 
     def close(self) -> None:
         """Nothing to let go of."""

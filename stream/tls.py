@@ -6,6 +6,22 @@ from pathlib import Path
 from tsdiff.errors import ConfigError
 
 
+def trusting(key: str, cafile: Path | None) -> ssl.SSLContext:
+    """Trust `cafile` (None: what the system trusts); `key` names the setting or option.
+
+    Raises:
+        ConfigError: the file cannot be used.
+
+    """
+    context = ssl.create_default_context()
+    if cafile is not None:
+        # In place of the system's certificates, not beside them.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        _trust(context, key, cafile)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
 def client_context(
     section: str, cafile: Path | None, certfile: Path | None, keyfile: Path | None
 ) -> ssl.SSLContext:
@@ -15,12 +31,7 @@ def client_context(
         ConfigError: a file cannot be used; `section` is where its key stands in the settings.
 
     """
-    context = ssl.create_default_context()
-    if cafile is not None:
-        # In place of the system's certificates, not beside them.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        _trust(context, f"{section}.ssl_cafile", cafile)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = trusting(f"{section}.ssl_cafile", cafile)
     if certfile is not None and keyfile is not None:
         _show(context, f"{section}.ssl_certfile and ssl_keyfile", certfile, keyfile)
     return context

@@ -47,7 +47,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("stream.cli", "demo", "Everything in one process, on simulated data.", "demo"),
     "train": Command("train.cli", "train", "Learn a model bundle from history.", "train"),
     "run": Command("stream.cli", "run", "Score a Kafka topic live."),
-    "backfill": Command("stream.cli", "backfill", "Score history into a Parquet file."),
+    "backfill": Command("stream.cli", "backfill", "Score history: to Parquet, to Prometheus."),
     "replay": Command("stream.cli", "replay", "Send history to a Kafka topic."),
     "doctor": Command("stream.cli", "doctor", "Try everything before it is needed."),
     "rekey": Command("stream.cli", "rekey", "Key a topic's messages by entity, in another topic."),

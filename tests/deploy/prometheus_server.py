@@ -18,9 +18,20 @@ class QueryError(Exception):
 
 
 class PrometheusServer:
-    """One Prometheus that scrapes `target` ("host:port") every second, until `stop`."""
+    """One Prometheus that scrapes `target` ("host:port") every second, until `stop`.
 
-    def __init__(self, program: str, port: int, target: str, folder: Path) -> None:
+    Its blocks are in `folder / "tsdb"`; `options` are flags, `storage` a part of its configuration.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        port: int,
+        target: str | None,
+        folder: Path,
+        *options: str,
+        storage: Mapping[str, Any] | None = None,
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "prometheus.log"
         config = folder / "prometheus.yml"
@@ -31,7 +42,9 @@ class PrometheusServer:
                     "global": {"scrape_interval": "1s"},
                     "scrape_configs": [
                         {"job_name": "tsdiff", "static_configs": [{"targets": [target]}]}
+                        for target in ([] if target is None else [target])
                     ],
+                    **({} if storage is None else {"storage": storage}),
                 }
             )
         )
@@ -42,6 +55,7 @@ class PrometheusServer:
                     f"--config.file={config}",
                     f"--storage.tsdb.path={folder / 'tsdb'}",
                     f"--web.listen-address=127.0.0.1:{port}",
+                    *options,
                 ],
                 cwd=folder,
                 stdout=log,
