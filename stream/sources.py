@@ -325,6 +325,14 @@ class KafkaSource:
         # Taken before the events are read: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
         polled.generation = self._consumer.group_metadata()
+        if polled.generation.generation_id < 0:
+            # The broker has thrown us out, as after a long sleep; others may have our partitions. A
+            # commit in nobody's name it would take for that of an old client, and not refuse
+            # (KIP-447): what was read now is not ours, and assigned anew it is read again.
+            fetched = {}
+            polled.revoked |= {PartitionId(*p) for p in self._positions}
+            self._positions.clear()
+            self._replaying.clear()
         try:
             self._notice_stalls(polled)
             self._follow_group(polled)

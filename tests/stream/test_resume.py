@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.consumer.group import ConsumerGroupMetadata
 from kafka.errors import KafkaTimeoutError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 from prometheus_client import CollectorRegistry
@@ -393,6 +394,28 @@ def test_a_clock_that_is_ahead_closes_nobodys_slots(ahead_s: int, bench: Bench) 
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 69), "ok"))
     assert live.count("dead_letters", reason="future_timestamp") == 1
     assert not live.count("late_readings")
+
+
+def test_who_is_no_longer_in_the_group_commits_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.first_life()
+    live = bench.start()
+    bench.send(range(61, 71))
+    live.score(10)
+    before = bench.committed()
+    bench.send(range(71, 81))
+    consumer = live.source.consumer
+    # Between the heartbeat that learns it and the next attempt to join.
+    nobody = ConsumerGroupMetadata(bench.config.input.group)
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "group_metadata", lambda: nobody)
+        for _ in range(10):
+            live.service.step()
+    assert bench.committed() == before
+    consumer._coordinator.reset_generation()
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
 
 
 def test_only_what_stands_still_while_it_could_go_on_stalls() -> None:
