@@ -23,6 +23,7 @@ from kafka.net.selector import NetworkSelector
 from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
 
 from stream.errors import StreamError
+from stream.headers import tolerate
 
 # What trying again does not change: OpenSSL's names for certificates that are missing or not
 # trusted.
@@ -121,6 +122,7 @@ def connect(client: Any, **settings: Any) -> Any:  # noqa: ANN401 - kafka-python
         KafkaError: whatever else kept it from connecting, with the reason where one is known.
 
     """
+    tolerate()
     begun: list[_Client] = []
 
     def remember(**options: Any) -> _Client:  # noqa: ANN401

@@ -32,7 +32,6 @@ from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
 from stream.formats import Decoded, Decoder
-from stream.headers import tolerate
 from stream.records import DeadLetter, PartitionId, ReadingBatch
 from stream.topics import grow_state
 from tsdiff.history import History
@@ -293,7 +292,6 @@ class KafkaSource:
         self._partition_count = 0
         self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
-        tolerate()
         try:
             self._consumer = connect(
                 KafkaConsumer,
