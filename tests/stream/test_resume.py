@@ -29,10 +29,10 @@ from stream.sources import (
     LOSSES,
     KafkaSource,
     Resume,
-    StallWatch,
     read_snapshots,
     where_to_resume,
 )
+from stream.stall import StallWatch
 from stream.topics import partition_count, prepare_topics
 from tests.conftest import MakeTopic
 from tests.stream.fakes import SCORING, FakeScorer
