@@ -4,6 +4,7 @@ Where one cannot be had, the tests that need it skip and print the reason. With 
 environment they fail instead, so that a broken CI machine cannot look like a passing suite.
 """
 
+import logging
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol
 
 import pytest
+import structlog
 
 ROOT = Path(__file__).resolve().parent.parent
 # A folder with a hyphen in its name, and outside of any package: its scripts run uninstalled.
@@ -34,6 +36,16 @@ class MakeTopic(Protocol):
     ) -> str:
         """Return the topic's name, which begins with `name`."""
         ...
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    """Commands set up logging for a process of their own: to a stream that is a test's."""
+    root, kafka = logging.getLogger(), logging.getLogger("kafka")
+    before = root.handlers, root.level, kafka.level
+    yield
+    root.handlers, root.level, kafka.level = before
+    structlog.reset_defaults()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,9 @@
 
 import gc
 import json
-import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import structlog
 from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
 
@@ -25,16 +23,6 @@ from tests.stream.workers import Worker
 from tsdiff import cli
 from tsdiff.errors import ConfigError
 from tsdiff.history import EntityHistory, History
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers, root.level = handlers, level
-    logging.getLogger("kafka").setLevel(logging.NOTSET)
 
 
 def table(history: History, entity: EntityHistory) -> pa.Table:

@@ -4,21 +4,11 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator
 
 import pytest
 import structlog
 
 from stream.logs import configure_logging
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    root, kafka = logging.getLogger(), logging.getLogger("kafka")
-    before = root.handlers, root.level, kafka.level
-    yield
-    root.handlers, root.level, kafka.level = before
-    structlog.reset_defaults()
 
 
 def written(monkeypatch: pytest.MonkeyPatch, level: str) -> list[str]:
