@@ -25,6 +25,7 @@ from typing import Any, Final, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from stream import memory
 from stream.learning import Learner
 from stream.simulate import CHANNELS, simulate_fleet
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
@@ -275,14 +276,13 @@ def start(path: Path) -> Record:
 
 def peak_memory_bytes() -> int:
     """Return the most memory that this process ever held."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource  # noqa: PLC0415 - not everywhere; counts what the parent held, too
+    held = memory.peak_memory_bytes()
+    if held is not None:
+        return held
+    import resource  # noqa: PLC0415 - not everywhere; counts what the parent held, too
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure(bundle: Bundle, seconds: float) -> Record:

@@ -30,8 +30,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from stream.clients import connect
 from stream.embedded import missing_extra
 from stream.errors import StreamError
+from stream.memory import peak_memory_bytes
 from stream.metrics import STAGES
 from tsdiff.bundle import Bundle, load_bundle
+from tsdiff.config import MOST_FULL
 from tsdiff.errors import TsdiffError
 
 Record = dict[str, Any]
@@ -43,10 +45,10 @@ _START_S: Final = 120.0
 # Nothing more is read for so long: it is over, or something is wrong.
 _SILENCE_S: Final = 60.0
 _VARIANTS: Final = 64
-# As `tsdiff.adapt.MOST_FULL`, whose module loads JAX.
-_MOST_FULL: Final = 1000
 _STEP_S: Final = 0.02
-# A scrape of a thousand entities takes the service some tens of milliseconds.
+# A scrape of a thousand entities takes the service some tens of milliseconds: looking may cost it a
+# twentieth of its time, and a short backlog of few entities is still seen several times.
+_SCRAPE_SHARE: Final = 0.05
 _SCRAPE_S: Final = 1.0
 
 
@@ -312,7 +314,9 @@ class _Service:
         """
         moved_at, last = time.monotonic(), -1.0
         while True:
+            asked_at = time.monotonic()
             found = self.scrape()
+            answered_after = time.monotonic() - asked_at
             taken = found.get("tsdiff_readings_total", 0.0)
             if taken >= readings:
                 return found
@@ -323,18 +327,11 @@ class _Service:
                     f"expected {readings} readings to be taken, {taken:.0f} were and no more come; "
                     f"the service said last: {self._last_line()}"
                 )
-            time.sleep(_SCRAPE_S)
+            time.sleep(min(max(_STEP_S, answered_after / _SCRAPE_SHARE), _SCRAPE_S))
 
     def peak_memory_bytes(self) -> int | None:
         """Return the most memory it held; None where the system does not tell (not Linux)."""
-        try:
-            lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        except OSError:
-            return None
-        return next(
-            (1024 * int(row.split()[1]) for row in lines.splitlines() if row.startswith("VmHWM")),
-            None,
-        )
+        return peak_memory_bytes(self._process.pid)
 
 
 def _samples(text: str) -> Record:
@@ -359,7 +356,7 @@ def _service(
         "input.group": name,
         "detect.warmup_slots": _WARMUP_SLOTS,
         # By the fleet that sends, not by the few entities of the bundle.
-        "detect.adapt": "full" if entities <= _MOST_FULL else "level",
+        "detect.adapt": "full" if entities <= MOST_FULL else "level",
         "grid.lateness": "0s",
         **{f"outputs.{key}": f"{name}.{key}" for key in ("scores", "alerts", "state")},
         "outputs.dead_letters": f"{name}.dead-letters",
@@ -378,7 +375,9 @@ def _service(
             env=dict(os.environ),
         )
     try:
-        yield _Service(process, log)
+        service = _Service(process, log)
+        service.scrape()  # answers as soon as it runs
+        yield service
     finally:
         process.terminate()
         try:

@@ -18,7 +18,7 @@ from stream.config import OutputsSection
 from stream.demo_table import FleetRow
 from stream.embedded import EmbeddedBroker, EmbeddedService
 from stream.errors import StreamError
-from stream.records import State
+from stream.records import ALERTING, State
 
 # Channels that an alert blames: a person looks at the first few, not at all of them.
 BLAMED: Final = 3
@@ -136,7 +136,7 @@ class Board:
             for channel, state in alert["faulty"].items()
         }
         # To fire again while recovering is the same alert: nobody was told that it is over.
-        if alert["state"] in {"firing", "recovering"}:
+        if alert["state"] in ALERTING:
             channels = alert["channels"]
             guiltiest = sorted(channels, key=lambda name: -channels[name]["contribution"])
             blamed = tuple(guiltiest[:BLAMED])

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -173,8 +174,6 @@ def backfill(
 
         tsdiff backfill history/ -m bundle --remote-write http://localhost:9090/api/v1/write
     """
-    import time  # noqa: PLC0415
-
     from stream.backfill import Output, Span, refuse_recent  # noqa: PLC0415
     from stream.backfill import backfill as score_history  # noqa: PLC0415
     from stream.compose import grid_of, load_model  # noqa: PLC0415
@@ -187,13 +186,13 @@ def backfill(
 
     files = {"--output": output, "--openmetrics": openmetrics}
     _expect_outputs(data, files, remote_write)
-    access = {
-        "--remote-write-user": remote_write_user,
-        "--remote-write-password-file": remote_write_password_file,
-        "--remote-write-token-file": remote_write_token_file,
-        "--remote-write-ca-file": remote_write_ca_file,
-    }
-    client = _remote_write_client(remote_write, access)
+    client = _remote_write_client(
+        remote_write,
+        remote_write_user,
+        remote_write_password_file,
+        remote_write_token_file,
+        remote_write_ca_file,
+    )
     if label and openmetrics is None and client is None:
         raise ConfigError("expected --label with --openmetrics or --remote-write, got it alone")
     labels, span = external_labels(label or []), Span.parse(since, until)
@@ -276,25 +275,32 @@ def _expect_outputs(data: Path, files: dict[str, Path | None], url: str | None) 
             raise ConfigError(f"expected another file for {name} than the history {data} itself")
 
 
-def _remote_write_client(url: str | None, access: dict[str, Any]) -> Any:  # noqa: ANN401
-    """The client of a server; its packages are imported only where it is asked for."""
+def _remote_write_client(
+    url: str | None,
+    user: str | None,
+    password_file: Path | None,
+    token_file: Path | None,
+    ca_file: Path | None,
+) -> Any:  # noqa: ANN401 - its packages are imported only where it is asked for
+    """The client of a server, or `None` where none is named."""
     if url is None:
-        needless = [name for name, value in access.items() if value is not None]
-        if needless:
-            raise ConfigError(f"expected --remote-write with {needless[0]}")
+        access = {"user": user, "password": password_file, "token": token_file, "ca": ca_file}
+        for name, value in access.items():
+            if value is not None:
+                file = "" if name == "user" else "-file"
+                raise ConfigError(f"expected --remote-write with --remote-write-{name}{file}")
         return None
     from stream._layers import read_secret_file  # noqa: PLC0415
     from stream.remote_write import Client, Endpoint  # noqa: PLC0415
     from stream.tls import trusting  # noqa: PLC0415
 
-    user, *files = access.values()
-    password, token = (
-        None if file is None else read_secret_file(file, name)
-        for name, file in zip(list(access)[1:3], files[:2], strict=True)
-    )
-    cafile = files[2]
-    tls = trusting("--remote-write-ca-file", cafile) if url.startswith("https:") else None
-    if cafile is not None and tls is None:
+    def secret(file: Path | None, option: str) -> str | None:
+        return None if file is None else read_secret_file(file, option)
+
+    password = secret(password_file, "--remote-write-password-file")
+    token = secret(token_file, "--remote-write-token-file")
+    tls = trusting("--remote-write-ca-file", ca_file) if url.startswith("https:") else None
+    if ca_file is not None and tls is None:
         raise ConfigError(f"expected --remote-write https://... with a ca file, got {url!r}")
     return Client(Endpoint(url, user, password, token, tls))
 

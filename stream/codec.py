@@ -210,10 +210,14 @@ def _pack(array: NDArray[Any] | None) -> str | None:
     return None if array is None else base64.b64encode(array.tobytes()).decode("ascii")
 
 
+def _array(text: str, dtype: type) -> NDArray[Any]:
+    return np.frombuffer(base64.b64decode(text), dtype).copy()
+
+
 def _unpack(text: str | None, dtype: type, rows: int | None = None) -> NDArray[Any] | None:
     if text is None:
         return None
-    array: NDArray[Any] = np.frombuffer(base64.b64decode(text), dtype).copy()
+    array = _array(text, dtype)
     return array if rows is None else array.reshape(rows, -1)
 
 
@@ -221,12 +225,8 @@ def _unpack_runs(packed: list[str] | None) -> Runs | None:
     """Read back the run lengths; earlier versions kept none."""
     if packed is None:
         return None
-    gap, still, last = map(base64.b64decode, packed)
-    return Runs(
-        np.frombuffer(gap, np.int32),
-        np.frombuffer(still, np.int32),
-        np.frombuffer(last, np.float32),
-    )
+    gap, still, last = packed
+    return Runs(_array(gap, np.int32), _array(still, np.int32), _array(last, np.float32))
 
 
 def encode_snapshot(snapshot: EntitySnapshot) -> bytes:

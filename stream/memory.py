@@ -1,4 +1,4 @@
-"""How much memory this process may use: the least of its cgroups' limits and the machine's own."""
+"""How much memory a process may use, and the most that it ever held."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,10 @@ _CGROUPS = "sys/fs/cgroup"
 
 
 def memory_limit_bytes(root: Path = Path("/")) -> int:
-    """Return the bytes after which the kernel ends this process; `root` is the file system's."""
+    """Return the bytes after which the kernel ends this process; `root` is the file system's.
+
+    It is the least of the limits of its cgroups and of the machine's own memory.
+    """
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -39,3 +42,16 @@ def _limits(mount: Path, path: str, name: str) -> list[int]:
         if text.isdigit():  # version 2 writes "max" for none
             found.append(int(text))
     return found
+
+
+def peak_memory_bytes(pid: int | None = None) -> int | None:
+    """Return the most memory that a process (None: this one) held; None where nobody tells (/proc).
+
+    See proc(5), VmHWM: other than getrusage it does not count what the parent held.
+    """
+    try:
+        status = Path(f"/proc/{'self' if pid is None else pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    lines = status.splitlines()
+    return next((1024 * int(row.split()[1]) for row in lines if row.startswith("VmHWM")), None)

@@ -27,6 +27,7 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from stream.codec import REASONS
 from stream.memory import memory_limit_bytes
 from stream.records import (
+    ALERTING,
     CHANNEL_STATES,
     STATES,
     ChannelState,
@@ -34,7 +35,7 @@ from stream.records import (
     SlotScore,
     State,
 )
-from stream.series import ALERTING, ENTITY_FAMILIES, entity_samples
+from stream.series import ENTITY_FAMILIES, entity_samples
 
 # fetch waits for readings and decodes them; score is windows, model and alert rule; commit writes
 # everything and the offsets.

@@ -17,19 +17,19 @@ from typing import IO, Any, Final
 
 from stream.errors import StreamError
 from stream.series import (
-    ENTITY_FAMILIES,
     Points,
     SeriesBuffer,
     SeriesKey,
     entity_samples,
+    family_of,
     key_of,
+    labels_of,
 )
 from stream.sinks import Round
 
 # Half a million samples of 16 bytes, and what their series take.
 _RUN_BYTES: Final = 16 * 1024 * 1024
 _HEADER: Final = Struct("<qq")
-_FAMILIES: Final = {family.name: family for family in ENTITY_FAMILIES}
 
 
 class OpenMetricsSink:
@@ -105,7 +105,7 @@ class OpenMetricsSink:
         for key, points in self._spool.merged():
             if key[0] != family:
                 family = key[0]
-                text = _escaped(_FAMILIES[family].help)
+                text = _escaped(family_of(key).help)
                 out.write(f"# HELP {family} {text}\n# TYPE {family} gauge\n")
             if key != before:
                 before, prefix = key, series_text(key, self._labels)
@@ -174,10 +174,8 @@ class _Spool:
 
 def series_text(key: SeriesKey, labels: Mapping[str, str]) -> str:
     """A series as it stands before a value: `name{label="value"}`."""
-    name, values = key
-    own = zip(_FAMILIES[name].labels, values, strict=True)
-    pairs = [f'{label}="{_escaped(value)}"' for label, value in (*own, *labels.items())]
-    return f"{name}{{{','.join(pairs)}}}"
+    pairs = [f'{label}="{_escaped(value)}"' for label, value in labels_of(key, labels)]
+    return f"{key[0]}{{{','.join(pairs)}}}"
 
 
 def _escaped(text: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.decide import AlertPolicy
-from stream.records import STATES, AlertEvent, SlotScore, State
+from stream.records import STATES, UNSETTLED, AlertEvent, SlotScore
 from stream.scoring import Detail
 
 Float32 = NDArray[np.float32]
@@ -39,7 +39,6 @@ _LOOKED_AT_S = 600.0
 _UPKEEP_S = 1.0
 UNKNOWN: Final = -1
 """Code of a slot's state that nobody told; else its place in `STATES`."""
-URGENT: Final[frozenset[State]] = frozenset({"pending", "firing", "recovering"})
 # How bad a state is by itself, in the order of STATES; a faulty channel is a bit less than pending.
 _RANK = np.array(
     [{"firing": 5, "recovering": 4, "pending": 3, "stale": 1}.get(s, 0) for s in STATES]
@@ -203,7 +202,7 @@ class Recent:
             return
         period_ms = self.layout.period_ms
         with self._lock:
-            urgent = [s.state in URGENT or bool(s.faulty) for s in scores]
+            urgent = [_urgent(score) for score in scores]
             rows = self._rows([s.entity for s in scores], urgent)
             slots = np.array([s.timestamp_ms for s in scores]) // period_ms
             values = np.array([s.anomaly_score for s in scores], np.float32)  # None is NaN
@@ -252,7 +251,7 @@ class Recent:
             if len(self._names) >= self._max_entities and needed:
                 if calm is None:
                     # Best last: they are taken from the end.
-                    calm = [n for n in self._ranked() if not self._urgent(self._names[n])]
+                    calm = [n for n in self._ranked() if not _urgent(self._records[self._names[n]])]
                 if calm:
                     self._remove(calm.pop())
             if len(self._names) < self._max_entities:
@@ -282,10 +281,6 @@ class Recent:
             self._cell[row] = -1
         self._records[row] = None
         self._free.append(row)
-
-    def _urgent(self, row: int) -> bool:
-        record = self._records[row]
-        return record is not None and (record.state in URGENT or bool(record.faulty))
 
     def _expire(self) -> None:
         oldest = self._clock() - self._ttl_s
@@ -421,6 +416,11 @@ class Recent:
         slots = np.arange(last - self.layout.slots + 1, last + 1)
         at = slots % self._ring
         return Past(record, slots, self._scores[row, at], self._states[row, at])
+
+
+def _urgent(record: SlotScore | None) -> bool:
+    """Whether an entity with this last record comes before others that are calm."""
+    return record is not None and (record.state in UNSETTLED or bool(record.faulty))
 
 
 def _between(begin: int, end: int, ring: int) -> NDArray[np.int64]:

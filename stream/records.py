@@ -9,6 +9,10 @@ from numpy.typing import NDArray
 
 State = Literal["ok", "pending", "firing", "recovering", "warming", "stale"]
 STATES: tuple[State, ...] = ("ok", "pending", "firing", "recovering", "warming", "stale")
+ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
+"""An alert is on: somebody was told, and not yet that it is over."""
+UNSETTLED: frozenset[State] = ALERTING | {"pending"}
+"""An alert is on, or may be soon: all channels are worth telling."""
 
 
 ChannelState = Literal["dead", "stuck"]

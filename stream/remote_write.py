@@ -24,12 +24,12 @@ from stream.codec import rfc3339
 from stream.errors import StreamError
 from stream.records import SlotScore
 from stream.series import (
-    ENTITY_FAMILIES,
     Points,
     SeriesBuffer,
     SeriesKey,
     entity_samples,
     key_of,
+    labels_of,
 )
 from stream.sinks import Round
 from tsdiff.errors import ConfigError
@@ -56,7 +56,6 @@ PATIENCE_S: Final = 300.0
 STALE: Final[float] = struct.unpack("<d", struct.pack("<Q", 0x7FF0000000000002))[0]
 """The NaN by which Prometheus knows that a series has ended; otherwise it lasts for 5 minutes."""
 
-_LABELS: Final = {family.name: family.labels for family in ENTITY_FAMILIES}
 _HEADERS: Final = {
     "Content-Encoding": "snappy",
     "Content-Type": "application/x-protobuf",
@@ -117,18 +116,17 @@ def encode(series: Mapping[SeriesKey, Points], labels: Mapping[str, str]) -> byt
     request = WriteRequest()
     for key, points in series.items():
         one = request.timeseries.add()
-        for name, text in _labels_of(key, labels):
+        for name, text in _sorted_labels(key, labels):
             one.labels.add(name=name, value=text)
         for timestamp_ms, value in zip(*points, strict=True):
             one.samples.add(value=value, timestamp=timestamp_ms)
     return bytes(cramjam.snappy.compress_raw(request.SerializeToString()))
 
 
-def _labels_of(key: SeriesKey, labels: Mapping[str, str]) -> list[tuple[str, str]]:
+def _sorted_labels(key: SeriesKey, labels: Mapping[str, str]) -> list[tuple[str, str]]:
     """Sorted by name, none empty, as the protocol wants them."""
-    name, values = key
-    own = zip(_LABELS[name], values, strict=True)
-    return sorted(pair for pair in (("__name__", name), *own, *labels.items()) if pair[1])
+    pairs = [("__name__", key[0]), *labels_of(key, labels)]
+    return sorted(pair for pair in pairs if pair[1])
 
 
 # -- the server ------------------------------------------------------------------------------------

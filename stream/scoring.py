@@ -16,16 +16,13 @@ from stream.buffer import Closing, Float32, PartitionBuffer, Profiles, Span
 from stream.decide import AlertPolicy, step
 from stream.records import (
     CHANNEL_STATES,
+    UNSETTLED,
     AlertEvent,
     ChannelScore,
     ChannelState,
     SlotScore,
-    State,
 )
 from stream.words import Change, summary
-
-# While an alert is on, all channels are worth keeping (outputs.channels: top).
-_ALERTING: frozenset[State] = frozenset({"pending", "firing", "recovering"})
 
 
 class Detection(Protocol):
@@ -281,7 +278,7 @@ def _judge(
             entity.faulty = faulty
             if not closing.emit:
                 continue
-            wanted = config.channels == "all" or after.phase in _ALERTING or broke_or_mended
+            wanted = config.channels == "all" or after.phase in UNSETTLED or broke_or_mended
             verdict = SlotScore(
                 entity=entity.name,
                 timestamp_ms=slot * period_ms,

@@ -6,10 +6,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Self
 
-from stream.records import STATES, ChannelScore, SlotScore, State
+from stream.records import ALERTING, STATES, ChannelScore, SlotScore
 from tsdiff.errors import ConfigError
-
-ALERTING: frozenset[State] = frozenset({"firing", "recovering"})
 
 
 class Family(NamedTuple):
@@ -92,6 +90,9 @@ ENTITY_FAMILIES: Final[tuple[Family, ...]] = (
 )
 
 
+_OF_NAME: Final = {family.name: family for family in ENTITY_FAMILIES}
+
+
 def entity_samples(score: SlotScore, top_channels: int) -> Iterator[Sample]:
     """What Prometheus is told about an entity once this slot is its last; unknown has no sample."""
     entity = (score.entity,)
@@ -136,6 +137,16 @@ SeriesKey = tuple[str, tuple[str, ...]]
 def key_of(sample: Sample) -> SeriesKey:
     """Which series a sample belongs to."""
     return sample.family.name, sample.labels
+
+
+def family_of(key: SeriesKey) -> Family:
+    """The family that a series is of."""
+    return _OF_NAME[key[0]]
+
+
+def labels_of(key: SeriesKey, more: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names and values of a series' own labels, then `more` ones."""
+    return [*zip(family_of(key).labels, key[1], strict=True), *more.items()]
 
 
 class Points(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.recent import UNKNOWN, URGENT, Float32, Past, Recent
-from stream.records import STATES, AlertEvent, State
+from stream.recent import UNKNOWN, Float32, Past, Recent
+from stream.records import STATES, UNSETTLED, AlertEvent, State
 from stream.words import present
 
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ def _row(past: Past) -> Record:
         "anomaly_score": _rounded(record.anomaly_score),
         "timestamp_ms": record.timestamp_ms,
         "faulty": dict(record.faulty),
-        "channels": list(record.channels)[:3] if record.state in URGENT else [],
+        "channels": list(record.channels)[:3] if record.state in UNSETTLED else [],
         # The highest of each few slots, so that no spike is lost.
         "spark": numbers(np.fmax.reduce(padded.reshape(-1, pooled), axis=1), 3),
     }
@@ -80,7 +80,7 @@ def entity(recent: Recent, name: str, match: str = "") -> Record | None:
 def _channels(recent: Recent, past: Past, match: str) -> Record:
     layout, record, cells, wanted = recent.layout, past.record, past.cells, match.casefold()
     # While somebody is to blame, the guiltiest come first; else they would only change places.
-    blamed = list(record.channels) if record.state in URGENT else []
+    blamed = list(record.channels) if record.state in UNSETTLED else []
     order = [*record.faulty, *blamed, *layout.channels]
     place = {name: i for i, name in enumerate(layout.channels)}
     names = [n for n in dict.fromkeys(order) if wanted in n.casefold() and n in place]

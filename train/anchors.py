@@ -37,6 +37,24 @@ class Anchors(NamedTuple):
     losses: dict[str, float]
 
 
+def rank_of(model: ModelConfig, channels: int, slots: int) -> int:
+    """No more directions than the data can show: half the cells, an eighth of the slots."""
+    return max(1, min(model.rank, model.window * channels // 2, slots // 8))
+
+
+def sums_of(series: FloatArray, model: ModelConfig) -> Sums:
+    """What a series (N, D) adds to the moments, all of its slots alike."""
+    return lag_sums(series, model.window, np.ones(len(series), bool))
+
+
+def fit_to(
+    moments: Moments, model: ModelConfig, rank: int
+) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
+    """Mean, loadings and noise of the anchor with these moments."""
+    mean = np.tile(moments.mean, model.window)
+    return fit_anchor(mean, moments.covariance(), rank, model.noise_floor)
+
+
 def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
     """Fit the pooled anchor, and one for each entity where that explains held-out windows better.
 
@@ -44,19 +62,16 @@ def fit_anchors(dataset: Dataset, config: TrainConfig) -> Anchors:
     moments stand alone or lean on those of all, whichever is likelier.
     """
     model = config.model
-    length, floor = model.window, model.noise_floor
     fitting = [series[:at] for series, at in zip(dataset.series, dataset.split, strict=True)]
     several = 1 < len(fitting) <= config.most_anchors
-    sums = [lag_sums(part, length, np.ones(len(part), bool)) for part in fitting]
+    sums = [sums_of(part, model) for part in fitting]
     own = [each.moments() for each in sums] if several else []
     everything = reduce(Sums.plus, sums).moments()
-    # No more directions than the data can show: half the cells, an eighth of the slots.
     slots = [len(part) for part in fitting]
-    fewest = min(slots) if several else sum(slots)
-    rank = max(1, min(model.rank, length * len(dataset.channels) // 2, fewest // 8))
+    rank = rank_of(model, len(dataset.channels), min(slots) if several else sum(slots))
 
     def fit(moments: Moments) -> tuple[DoubleArray, DoubleArray, DoubleArray]:
-        return fit_anchor(np.tile(moments.mean, length), moments.covariance(), rank, floor)
+        return fit_to(moments, model, rank)
 
     pooled = fit(everything)
     if not several:

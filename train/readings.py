@@ -17,11 +17,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
+from train.anchors import fit_to, rank_of, sums_of
 from train.baselines import Baseline, Judged, trailing
 from tsdiff import evidence
-from tsdiff.anchor import Anchor, fit_anchor, posterior
+from tsdiff.anchor import Anchor, posterior
 from tsdiff.config import ModelConfig
-from tsdiff.moments import lag_sums
 from tsdiff.samplers import DPMSolver2M
 from tsdiff.sde import EDM, karras_levels, log_snr_levels
 from tsdiff.types import DenoiseFn, FloatArray
@@ -47,10 +47,7 @@ class Reading:
         """Fit the anchor, as `train.anchors` does; nothing is random."""
         del seed
         config = ModelConfig()
-        moments = lag_sums(z, config.window, np.ones(len(z), bool)).moments()
-        rank = max(1, min(config.rank, config.window * z.shape[1] // 2, len(z) // 8))
-        mean = np.tile(moments.mean, config.window)
-        parts = fit_anchor(mean, moments.covariance(), rank, config.noise_floor)
+        parts = fit_to(sums_of(z, config).moments(), config, rank_of(config, z.shape[1], len(z)))
         denoise = partial(posterior, Anchor(*(jnp.asarray(p, jnp.float32) for p in parts)))
         self._of_windows = jax.jit(partial(_newest, self._read, denoise, z.shape[1]))
 

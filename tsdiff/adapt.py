@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 
 from tsdiff.anchor import refit_anchor
 from tsdiff.bundle import Bundle
-from tsdiff.config import Adapt
+from tsdiff.config import MOST_FULL, Adapt
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
 from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 
-MOST_FULL = 1000
-"""Entities in training up to which `auto` is `full`, else `level`: 470 KB each at 38 channels."""
-_MOST_CHANNELS = 100  # and channels: 640 KB of state alone
+# Beside `MOST_FULL` entities, so many channels: 640 KB of state alone.
+_MOST_CHANNELS = 100
 HALF_LIFE = 5000.0
 _SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
 # Levels are a mean: it may not be drawn far by what was taken for calm, but is not.

@@ -7,6 +7,8 @@ from tsdiff.errors import ConfigError
 
 Adapt = Literal["auto", "none", "level", "full"]
 """What an entity goes on learning (`tsdiff.adapt`)."""
+MOST_FULL = 1000
+"""Entities in training up to which `auto` is `full`, else `level`: 470 KB each at 38 channels."""
 
 
 @dataclass(frozen=True)

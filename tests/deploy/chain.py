@@ -1,10 +1,7 @@
 """Prometheus, Alertmanager and a receiver as processes and threads of a test, on loopback."""
 
 import json
-import os
 import re
-import socket
-import subprocess
 import threading
 import time
 import urllib.parse
@@ -15,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, require_program
+from tests.conftest import ROOT, free_port, require_program
+from tests.prometheus_server import Process, PrometheusServer
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 ALERTMANAGER = ROOT / "deploy" / "alertmanager"
@@ -35,34 +33,9 @@ def hurried(text: str) -> str:
     return re.sub(r"(?<![\w.])(\d+)([smhd])\b", divide, text)
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 def get_json(url: str) -> Any:  # noqa: ANN401 - whatever the API says
     with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - ours, on loopback
         return json.load(answer)
-
-
-class Process:
-    """A program of the chain, and what it says."""
-
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.log = log
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, "GOMAXPROCS": "1"}
-            )
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 class Receiver:
@@ -100,8 +73,8 @@ class Chain:
     def __init__(self, folder: Path, target: str, stack: ExitStack) -> None:
         self.receiver = Receiver()
         stack.callback(self.receiver.end)
-        alertmanager, prometheus = free_address(), free_address()
-        self.alertmanager, self.prometheus = f"http://{alertmanager}", f"http://{prometheus}"
+        alertmanager = f"127.0.0.1:{free_port()}"
+        self.alertmanager = f"http://{alertmanager}"
         routes = (ALERTMANAGER / "alertmanager.yml").read_text()
         assert RECEIVER in routes
         (folder / "alertmanager.yml").write_text(
@@ -111,46 +84,31 @@ class Chain:
         for ours, theirs in (("127.0.0.1:9464", target), ("127.0.0.1:9093", alertmanager)):
             assert ours in scrapes
             scrapes = scrapes.replace(ours, theirs)
-        (folder / "prometheus.yml").write_text(hurried(scrapes))
         rules = (PROMETHEUS / "tsdiff.rules.yml").read_text()
         (folder / "tsdiff.rules.yml").write_text(hurried(rules))
-        self.processes = [
-            Process(
-                [
-                    require_program("prometheus-alertmanager", "prometheus-alertmanager"),
-                    f"--config.file={folder / 'alertmanager.yml'}",
-                    f"--storage.path={folder / 'alertmanager'}",
-                    f"--web.listen-address={alertmanager}",
-                    f"--web.external-url={self.alertmanager}",
-                    "--cluster.listen-address=",  # no cluster: it would listen on all interfaces
-                ],
-                folder / "alertmanager.log",
-            ),
-            Process(
-                [
-                    require_program("prometheus", "prometheus"),
-                    f"--config.file={folder / 'prometheus.yml'}",
-                    f"--storage.tsdb.path={folder / 'prometheus'}",
-                    f"--web.listen-address={prometheus}",
-                    f"--web.external-url={self.prometheus}",
-                    "--query.lookback-delta=5s",
-                ],
-                folder / "prometheus.log",
-            ),
-        ]
-        for process in self.processes:
-            stack.callback(process.end)
+        manager = Process(
+            [
+                require_program("prometheus-alertmanager", "prometheus-alertmanager"),
+                f"--config.file={folder / 'alertmanager.yml'}",
+                f"--storage.path={folder / 'alertmanager'}",
+                f"--web.listen-address={alertmanager}",
+                f"--web.external-url={self.alertmanager}",
+                "--cluster.listen-address=",  # no cluster: it would listen on all interfaces
+            ],
+            folder / "alertmanager.log",
+        )
+        stack.callback(manager.end)
+        self.prometheus = PrometheusServer(folder, hurried(scrapes), "--query.lookback-delta=5s")
+        stack.callback(self.prometheus.end)
+        self.processes = [manager, self.prometheus]
+        self.prometheus.wait_until_ready()
 
     def query(self, promql: str) -> list[dict[str, Any]]:
-        """What Prometheus answers; nothing while it starts."""
-        arguments = urllib.parse.urlencode({"query": promql})
+        """What Prometheus answers; nothing when it does not, which `wait_until` tells."""
         try:
-            found: list[dict[str, Any]] = get_json(f"{self.prometheus}/api/v1/query?{arguments}")[
-                "data"
-            ]["result"]
+            return self.prometheus.query(promql)
         except OSError:
             return []
-        return found
 
     def suppressed(self) -> dict[str, str]:
         """The alerts that Alertmanager holds back: their entities, and each one's name."""

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from kafka import KafkaAdminClient, KafkaProducer
 
-from tests.conftest import ROOT, free_port, require_program
-from tests.deploy.prometheus_server import PrometheusServer, QueryError, Series, points
+from tests.conftest import ROOT, free_port
+from tests.prometheus_server import PrometheusServer, QueryError, Series, points, scraping
 from tests.stream.conftest import SmallBundle
 from tests.stream.workers import Deployment, deployment, wait_until
 from tsdiff.history import EntityHistory, History
@@ -205,13 +205,12 @@ def watched(
     kafka: str, small_bundle: SmallBundle, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Watched]:
     """Let a worker score until alerts have come and gone, before the eyes of Prometheus."""
-    program = require_program("prometheus", "prometheus")
     folder = tmp_path_factory.mktemp("watched")
     topic = f"dashboards-{uuid.uuid4().hex[:12]}"
     admin = KafkaAdminClient(bootstrap_servers=kafka)
     admin.create_topics({topic: {"num_partitions": 2}}, wait_for_metadata=True)
-    port, scraper_port = free_port(), free_port()
-    prometheus = PrometheusServer(program, scraper_port, f"127.0.0.1:{port}", folder)
+    port = free_port()
+    prometheus = PrometheusServer(folder, scraping(f"127.0.0.1:{port}"))
     try:
         with deployment(kafka, topic, small_bundle.path, folder) as deployed:
             start = time.time()
@@ -228,7 +227,7 @@ def watched(
             wait_until(lambda: seen_until() > end, "a scrape after the last score")
             yield Watched(prometheus, start, end, entity)
     finally:
-        prometheus.stop()
+        prometheus.end()
         admin.delete_topics([topic], raise_errors=False)
         admin.close()
 

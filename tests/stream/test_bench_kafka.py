@@ -35,7 +35,7 @@ def test_a_service_is_measured_and_nothing_is_left_behind(
     kafka: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_bundle(anchor_bundle(), tmp_path / "bundle")
-    size = ["--entities=50", "--backlog=20000", "--rate=100", "--seconds=2"]
+    size = ["--entities=50", "--backlog=60000", "--rate=100", "--seconds=2"]
     model = ["-m", str(tmp_path / "bundle")]
     status = cli.main(["bench", *model, "--kafka", kafka, *size, "--json"])
     out, err = capsys.readouterr()

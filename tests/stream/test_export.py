@@ -34,8 +34,8 @@ from stream.records import STATES, ChannelScore, ChannelState, SlotScore
 from stream.remote_write import Client, Endpoint, RemoteWriteSink, WriteRequest
 from stream.series import entity_samples, external_labels
 from stream.sinks import Round
-from tests.conftest import Certificates, free_port, require_program
-from tests.deploy.prometheus_server import PrometheusServer, points
+from tests.conftest import Certificates, free_port
+from tests.prometheus_server import PrometheusServer, points, scraping
 from tests.stream.conftest import SmallBundle
 from tsdiff import cli
 from tsdiff.detector import HISTORY_SHAPES
@@ -164,15 +164,14 @@ def prometheus(
     scrape_itself: bool = False,
     storage: Mapping[str, Any] | None = None,
 ) -> Iterator[PrometheusServer]:
-    program = require_program("prometheus", "prometheus")
     port = free_port()
-    target = f"127.0.0.1:{port}" if scrape_itself else None
-    server = PrometheusServer(program, port, target, folder, *options, storage=storage)
+    targets = [f"127.0.0.1:{port}"] if scrape_itself else []
+    server = PrometheusServer(folder, scraping(*targets, storage=storage), *options, port=port)
     try:
         server.wait_until_ready()
         yield server
     finally:
-        server.stop()
+        server.end()
 
 
 # -- OpenMetrics -----------------------------------------------------------------------------------

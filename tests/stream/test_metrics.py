@@ -1,13 +1,8 @@
 """The service's metrics: what the loop tells, and what Prometheus gets to see."""
 
-import json
 import math
-import os
-import socket
 import subprocess
 import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +24,7 @@ from stream.records import (
     SlotScore,
     State,
 )
-from tests.conftest import require_program
+from tests.prometheus_server import PrometheusServer, Series, scraping
 
 CHANNELS = ("cpu", "mem", "disk")
 
@@ -380,56 +375,28 @@ def test_storing_scores_costs_next_to_nothing() -> None:
 
 
 @pytest.fixture
-def prometheus(tmp_path: Path, filled: CollectorRegistry) -> Iterator[str]:
-    """A real Prometheus that scrapes the filled registry; gives its address."""
-    program = require_program("prometheus", "prometheus")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+def prometheus(tmp_path: Path, filled: CollectorRegistry) -> Iterator[PrometheusServer]:
+    """A real Prometheus that scrapes the filled registry."""
     with MetricsServer("127.0.0.1:0", filled, Health()) as server:
-        settings = tmp_path / "prometheus.yml"
-        job = {
-            "job_name": "tsdiff",
-            "static_configs": [{"targets": [f"127.0.0.1:{server.port}"]}],
-        }
-        timing = {"scrape_interval": "200ms", "scrape_timeout": "200ms"}
-        # JSON is YAML too.
-        settings.write_text(json.dumps({"global": timing, "scrape_configs": [job]}))
-        command = [
-            program,
-            f"--config.file={settings}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address={address}",
-        ]
-        log_path = tmp_path / "prometheus.log"
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, "GOMAXPROCS": "1"}
-            )
-            try:
-                yield f"http://{address}"
-            finally:
-                process.terminate()
-                process.wait(timeout=30)
+        scraper = PrometheusServer(tmp_path, scraping(f"127.0.0.1:{server.port}", every="200ms"))
+        try:
+            scraper.wait_until_ready()
+            yield scraper
+        finally:
+            scraper.end()
 
 
-def query(prometheus: str, promql: str) -> list[dict[str, object]]:
-    arguments = urllib.parse.urlencode({"query": promql})
-    address = f"{prometheus}/api/v1/query?{arguments}"
+def query(prometheus: PrometheusServer, promql: str) -> Series:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=5) as answer:  # noqa: S310 (loopback)
-                found: list[dict[str, object]] = json.load(answer)["data"]["result"]
-        except OSError:
-            found = []  # it is still starting
+        found = prometheus.query(promql)
         if found:
             return found
         time.sleep(0.1)
     raise AssertionError(f"Prometheus has no answer to {promql}")
 
 
-def test_a_real_prometheus_reads_it(prometheus: str) -> None:
+def test_a_real_prometheus_reads_it(prometheus: PrometheusServer) -> None:
     found = query(prometheus, 'tsdiff_anomaly_score{entity="web-2"} > 1')
     value = found[0]["value"]
     assert isinstance(value, list)

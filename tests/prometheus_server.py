@@ -1,6 +1,7 @@
 """A real Prometheus on loopback, and the part of its HTTP API that Grafana uses."""
 
 import json
+import os
 import subprocess
 import time
 import urllib.error
@@ -10,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import free_port, require_program
+
 Series = list[dict[str, Any]]
 
 
@@ -17,50 +20,55 @@ class QueryError(Exception):
     """Prometheus refused a query; the message is its own."""
 
 
-class PrometheusServer:
-    """One Prometheus that scrapes `target` ("host:port") every second, until `stop`.
+class Process:
+    """A program that a test runs, and what it says."""
 
-    Its blocks are in `folder / "tsdb"`; `options` are flags, `storage` a part of its configuration.
-    """
-
-    def __init__(
-        self,
-        program: str,
-        port: int,
-        target: str | None,
-        folder: Path,
-        *options: str,
-        storage: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = folder / "prometheus.log"
-        config = folder / "prometheus.yml"
-        # JSON is YAML, and needs no care with quotes.
-        config.write_text(
-            json.dumps(
-                {
-                    "global": {"scrape_interval": "1s"},
-                    "scrape_configs": [
-                        {"job_name": "tsdiff", "static_configs": [{"targets": [target]}]}
-                        for target in ([] if target is None else [target])
-                    ],
-                    **({} if storage is None else {"storage": storage}),
-                }
-            )
-        )
-        with self._log.open("wb") as log:
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [
-                    program,
-                    f"--config.file={config}",
-                    f"--storage.tsdb.path={folder / 'tsdb'}",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                    *options,
-                ],
-                cwd=folder,
-                stdout=log,
-                stderr=log,
+                command, stdout=out, stderr=out, env={**os.environ, "GOMAXPROCS": "1"}
             )
+
+    def end(self) -> None:
+        """End it; what it stored is left to whoever made the folder."""
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def scraping(*targets: str, every: str = "1s", storage: Mapping[str, Any] | None = None) -> str:
+    """A configuration that scrapes these ("host:port"); `storage` is that part of it."""
+    job = {"job_name": "tsdiff", "static_configs": [{"targets": list(targets)}]}
+    config = {
+        "global": {"scrape_interval": every, "scrape_timeout": every},
+        "scrape_configs": [job] if targets else [],
+        **({} if storage is None else {"storage": storage}),
+    }
+    # JSON is YAML, and needs no care with quotes.
+    return json.dumps(config)
+
+
+class PrometheusServer(Process):
+    """One Prometheus with a configuration, until `end`; its blocks are in `folder / "tsdb"`."""
+
+    def __init__(self, folder: Path, config: str, *options: str, port: int | None = None) -> None:
+        program = require_program("prometheus", "prometheus")
+        address = f"127.0.0.1:{free_port() if port is None else port}"
+        self.url = f"http://{address}"
+        file = folder / "prometheus.yml"
+        file.write_text(config)
+        command = [
+            program,
+            f"--config.file={file}",
+            f"--storage.tsdb.path={folder / 'tsdb'}",
+            f"--web.listen-address={address}",
+            *options,
+        ]
+        super().__init__(command, folder / "prometheus.log")
 
     def wait_until_ready(self, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
@@ -69,7 +77,7 @@ class PrometheusServer:
                 urllib.request.urlopen(f"{self.url}/-/ready", timeout=5).close()  # noqa: S310
                 return
             except (urllib.error.URLError, OSError) as error:
-                said = self._log.read_text()[-2000:]
+                said = self.log.read_text()[-2000:]
                 assert self.process.poll() is None, f"Prometheus ended:\n{said}"
                 assert time.monotonic() < deadline, f"no Prometheus: {error}\n{said}"
             time.sleep(0.1)
@@ -101,12 +109,6 @@ class PrometheusServer:
         except urllib.error.HTTPError as error:
             with error:
                 raise QueryError(json.load(error)["error"]) from None
-
-    def stop(self) -> None:
-        """End it; what it stored is left to whoever made the folder."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait(20)
 
 
 def points(series: Series) -> Sequence[tuple[float, str]]:
