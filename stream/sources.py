@@ -253,6 +253,7 @@ class KafkaSource:
         self._partition_count = 0
         self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
+        self._idle_since = time.monotonic()
         try:
             self._consumer = connect(
                 KafkaConsumer,
@@ -296,6 +297,7 @@ class KafkaSource:
             self._notice_stalls(polled)
             self._follow_group(polled)
             self._take(fetched, polled)
+            self._ask_for_our_place(polled)
         except KafkaError as error:
             self._rewind = True
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
@@ -317,6 +319,21 @@ class KafkaSource:
                 del self._replaying[partition]
                 self._positions[partition] = until
                 polled.batches.append(self._decode(partition, [], until))
+
+    def _ask_for_our_place(self, polled: Polled) -> None:
+        """Have an idle service with a name commit where it stands, once in a session.
+
+        To one whose place was given to a namesake the broker refuses heartbeats and commits.
+        kafka-python 3.0.12 keeps the first to itself: without a commit it would be idle for ever.
+        """
+        now = time.monotonic()
+        if polled.batches or polled.assigned or self._replaying:
+            self._idle_since = now
+        elif now - self._idle_since >= self._config.input.session_timeout_ms / 1000:
+            self._idle_since = now
+            held = sorted(self._positions) if self._config.input.instance_id else []
+            for partition in held[:1]:
+                polled.batches.append(self._decode(partition, [], self._positions[partition]))
 
     def _fetch(self) -> dict[TopicPartition, list[Any]]:
         try:

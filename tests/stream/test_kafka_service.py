@@ -149,15 +149,16 @@ def test_a_broker_that_goes_away_and_comes_back(
         broker.stop()
 
 
+@pytest.mark.parametrize("idle", [False, True])
 def test_the_older_of_two_services_with_one_name_ends_and_says_why(
-    deployed: Deployment, small_bundle: SmallBundle
+    deployed: Deployment, small_bundle: SmallBundle, idle: bool
 ) -> None:
     first = deployed.start(input__instance_id="pod-0")
     first.wait_for("partition assigned")
     second = deployed.start(input__instance_id="pod-0")
     second.wait_for("partition assigned")
-    # It learns of it when it has something to commit.
-    deployed.send(small_bundle.live, small_bundle.period_ms)
+    if not idle:  # it learns of it when it has something to commit, or a session later
+        deployed.send(small_bundle.live, small_bundle.period_ms)
     assert first.process.wait(60) == 1
     assert "expected to be the only service of group" in first.log.read_text()
     assert "Traceback" not in first.log.read_text()
