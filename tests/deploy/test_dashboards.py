@@ -112,6 +112,8 @@ def test_provisioning_names_what_exists() -> None:
     assert source["type"] == "prometheus" and source["url"] == "http://prometheus:9090"
     (provider,) = read["dashboards"]["providers"]
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
+    # Two folders of one title otherwise, or no Grafana: rules come first, and name no uid.
+    assert provider["folder"] not in {group["folder"] for group in read["rules"]["groups"]}
     rules = [rule for group in read["rules"]["groups"] for rule in group["rules"]]
     assert len({rule["uid"] for rule in rules}) == len(rules)
     for rule in rules:
