@@ -4,8 +4,8 @@ from typing import Final
 
 from board import ENTITY, FLEET, SERVICE, Placed, Section, assemble, contribution, to_entity
 from grafana_foundation_sdk.builders.dashboard import Dashboard
+from grafana_foundation_sdk.models import common, units
 from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models import units
 from panels import (
     BLUE,
     ORANGE,
@@ -83,7 +83,10 @@ def _entity_history() -> Section:
                 over_time(f"max by (channel) ({contribution(_ONE)})", "{{channel}}"),
                 unit=units.PercentUnit,
             )
-        ).max(1),
+        )
+        .max(1)
+        # Areas would lead from one channel's share to another's: few are there twice in a row.
+        .draw_style(common.GraphDrawStyle.BARS),
         graph(
             "Imputed share",
             "Share of each slot's cells without a reading: the model has filled them in.",
@@ -114,13 +117,15 @@ def _channel_graph() -> Placed:
     hidden = {"legend": True, "tooltip": False, "viz": False}
     panel = graph("$channel", _CHANNEL_TEXT, *queries)
     return (
-        panel.override_by_name("observed", [fixed_color(ORANGE), option("custom.lineWidth", 2)])
+        # The only area is the band: what is under a line would hide it.
+        panel.fill_opacity(0)
+        .override_by_name("observed", [fixed_color(ORANGE), option("custom.lineWidth", 2)])
         .override_by_name("expected", [fixed_color(BLUE)])
-        .override_by_name("lower", [_edge(), fixed_color(BLUE), option("custom.hideFrom", hidden)])
+        .override_by_name("lower", [*_edge(), fixed_color(BLUE), option("custom.hideFrom", hidden)])
         .override_by_name(
             "upper",
             [
-                _edge(),
+                *_edge(),
                 fixed_color(BLUE),
                 # Between the two edges is the band.
                 option("custom.fillBelowTo", "lower"),
@@ -134,8 +139,8 @@ def _channel_graph() -> Placed:
     )
 
 
-def _edge() -> models.DynamicConfigValue:
-    return option("custom.lineWidth", 0)
+def _edge() -> list[models.DynamicConfigValue]:
+    return [option("custom.lineWidth", 0), option("custom.showPoints", "never")]
 
 
 def _channel_table() -> Placed:
@@ -172,7 +177,7 @@ def _broken_channels() -> Placed:
         {"channel": "Channel", "state": "Is"},
         "Channel",
     )
-    return panel.span(8)
+    return panel.span(8).no_value("none")
 
 
 def _entity_channels() -> list[Section]:

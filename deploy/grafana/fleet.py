@@ -6,11 +6,14 @@ from board import FLEET, SERVICE, Placed, Section, assemble, contribution, to_en
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.models import units
 from panels import (
+    FEW,
     ORANGE,
     RED,
+    STATES,
     AlertAnnotation,
     bars,
     board_link,
+    colored,
     colored_cell,
     column,
     graph,
@@ -26,7 +29,7 @@ from panels import (
     source_variable,
     stacked,
     state_code,
-    state_mapping,
+    state_column,
     thresholds,
     with_score_line,
 )
@@ -94,14 +97,8 @@ def _worst_entities() -> Placed:
         },
         "Score",
     )
-    link = to_entity("var-entity=${__data.fields.Entity:percentencode}")
-    to_channel = to_entity(
-        "var-entity=${__data.fields.Entity:percentencode}",
-        'var-channel=${__data.fields["Most blamed"]:percentencode}',
-    )
     _score_columns(panel)
-    column(panel, "Entity", option("links", [link]))
-    column(panel, "Most blamed", option("links", [to_channel]))
+    _linked(panel)
     column(panel, "Imputed", option("unit", units.PercentUnit), option("decimals", 0))
     column(panel, "Last slot ago", option("unit", units.Seconds))
     return panel
@@ -115,8 +112,15 @@ def _score_columns(panel: Any) -> None:  # noqa: ANN401 - a table's builder, whi
         option("thresholds", score_thresholds().build()),
         colored_cell(),
     )
-    column(panel, "State", option("mappings", [state_mapping()]), colored_cell())
+    state_column(panel, "State")
     column(panel, "Its share", option("unit", units.PercentUnit), option("decimals", 0))
+
+
+def _linked(panel: Any) -> None:  # noqa: ANN401 - as above
+    entity = "var-entity=${__data.fields.Entity:percentencode}"
+    channel = 'var-channel=${__data.fields["Most blamed"]:percentencode}'
+    column(panel, "Entity", option("links", [to_entity(entity)]))
+    column(panel, "Most blamed", option("links", [to_entity(entity, channel)]))
 
 
 def _firing() -> Placed:
@@ -142,8 +146,8 @@ def _firing() -> Placed:
         "Score",
     ).span(12)
     _score_columns(panel)
-    link = to_entity("var-entity=${__data.fields.Entity:percentencode}")
-    return column(panel, "Entity", option("links", [link]))
+    _linked(panel)
+    return panel.no_value("none")
 
 
 def _fleet_worst() -> Section:
@@ -159,59 +163,75 @@ def _fleet_worst() -> Section:
             "Contributions, summed over the entities whose alert is active: a channel high above "
             "the others is a cause that entities share. Empty while nothing is wrong.",
             now(blamed, "{{channel}}"),
-        ).height(9),
+        )
+        .height(9)
+        .decimals(2)
+        .no_value("none"),
     ]
 
 
-def _score_map() -> Placed:
-    # The end of the time range decides who is shown, or rows would come and go.
+def _scores_of_worst(count: int) -> str:
+    # The end of the time range decides who is shown, or rows and lines would come and go.
     worst = (
-        f"topk(50, max by (entity) "
+        f"topk({count}, max by (entity) "
         f"(max_over_time(tsdiff_anomaly_score{{{_MANY}}}[$__range] @ end())))"
     )
+    return f"max by (entity) (tsdiff_anomaly_score{{{_MANY}}}) and on (entity) {worst}"
+
+
+def _score_map() -> Placed:
     return heat(
         "Scores",
         "A row for each entity, the 50 with the highest scores of the time range. A column that is "
         "bright for many entities is a cause that they share.",
-        over_time(
-            f"max by (entity) (tsdiff_anomaly_score{{{_MANY}}}) and on (entity) {worst}",
-            "{{entity}}",
-        ),
+        over_time(_scores_of_worst(50), "{{entity}}"),
         # So that a calm fleet looks calm; the line of the alerts is half-way.
         brightest=2,
     )
 
 
 def _fleet_history() -> Section:
-    top = f"topk({_LINES}, max by (entity) (tsdiff_anomaly_score{{{_MANY}}}))"
     link = to_entity("var-entity=${__field.labels.entity:percentencode}")
     return "Over time", [
         _score_map(),
         with_score_line(
             graph(
                 "Highest scores",
-                f"The {_LINES} highest at each moment; the line is at 1, as rare as the false "
-                "alarms asked for.",
-                over_time(top, "{{entity}}"),
+                f"The {_LINES} entities with the highest scores of the time range; the line is at "
+                "1, as rare as the false alarms asked for.",
+                over_time(_scores_of_worst(_LINES), "{{entity}}"),
             )
         ).override_by_field_type("number", [option("links", [link])]),
-        stacked(
-            graph(
-                "Entities by state",
-                "All entities, those beyond metrics.max_entities too.",
-                over_time("sum by (state) (tsdiff_entities)", "{{state}}"),
-            )
+        colored(
+            stacked(
+                graph(
+                    "Entities by state",
+                    "All entities, those beyond metrics.max_entities too.",
+                    over_time("sum by (state) (tsdiff_entities)", "{{state}}"),
+                )
+            ),
+            {state: color for state, (_, color) in STATES.items()},
         ),
-        graph(
-            "Active alerts",
-            "Entities whose alert is firing or recovering.",
-            over_time(f"sum(max by (entity) (tsdiff_alert_active{{{_MANY}}}))", "alerts"),
-        ).min(0),
-        graph(
-            "Channels dead or stuck",
-            "Channels of all entities that send nothing any more, or always the same.",
-            over_time("sum by (state) (tsdiff_channels)", "{{state}}"),
-        ).min(0),
+        colored(
+            graph(
+                "Active alerts",
+                "Entities whose alert is firing or recovering.",
+                over_time(f"sum(max by (entity) (tsdiff_alert_active{{{_MANY}}}))", "alerts"),
+            ),
+            {"alerts": RED},
+        )
+        .min(0)
+        .axis_soft_max(FEW),
+        colored(
+            graph(
+                "Channels dead or stuck",
+                "Channels of all entities that send nothing any more, or always the same.",
+                over_time("sum by (state) (tsdiff_channels)", "{{state}}"),
+            ),
+            {"dead": RED, "stuck": ORANGE},
+        )
+        .min(0)
+        .axis_soft_max(FEW),
     ]
 
 

@@ -33,6 +33,9 @@ GREEN, YELLOW, ORANGE, RED, GREY, BLUE = "green", "yellow", "orange", "red", "#8
 CALM_BELOW: Final = 0.7
 SCORE_LINE: Final = 1.0
 
+# Where the axis of a count ends while nothing is counted; Grafana's own choice is 100.
+FEW: Final = 1
+
 # One number for a state, so that one query draws it; the mapping below turns it back into a word.
 STATES: Final[Mapping[str, tuple[int, str]]] = {
     "ok": (0, GREEN),
@@ -123,6 +126,13 @@ def fixed_color(color: str) -> models.DynamicConfigValue:
     return option("color", {"mode": "fixed", "fixedColor": color})
 
 
+def colored(panel: timeseries.Panel, colors: Mapping[str, str]) -> timeseries.Panel:
+    """Give series the colours of their meaning, by name; Grafana's own go by their order."""
+    for name, color in colors.items():
+        panel.override_by_name(name, [fixed_color(color)])
+    return panel
+
+
 def transformation(name: str, options: Mapping[str, Any]) -> models.DataTransformerConfig:
     """What Grafana does to a result before it is shown."""
     return models.DataTransformerConfig(id_val=name, options=dict(options))
@@ -161,7 +171,9 @@ def graph(title: str, text: str, *queries: Query, unit: str = units.Short) -> ti
         .unit(unit)
         .line_width(1)
         .fill_opacity(5)
-        .show_points(common.VisibilityMode.NEVER)
+        # A point between two gaps has no line: NEVER would hide it.
+        .show_points(common.VisibilityMode.AUTO)
+        .point_size(4)
         .legend(
             common_builders.VizLegendOptions()
             .show_legend(True)
@@ -296,6 +308,12 @@ def column(panel: table.Panel, name: str, *options: models.DynamicConfigValue) -
 def colored_cell() -> models.DynamicConfigValue:
     """Let the thresholds or the mapping of a column colour its text."""
     return option("custom.cellOptions", {"type": "color-text"})
+
+
+def state_column(panel: table.Panel, name: str) -> table.Panel:
+    """Show states as words in their colours, on the left as words are."""
+    look = (option("mappings", [state_mapping()]), colored_cell(), option("custom.align", "left"))
+    return column(panel, name, *look)
 
 
 # -- variables and links -----------------------------------------------------------------------

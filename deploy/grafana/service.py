@@ -6,17 +6,20 @@ from board import FLEET, SERVICE, Placed, Section, assemble
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.models import units
 from panels import (
+    FEW,
     GREEN,
     RED,
     YELLOW,
     board_link,
     buckets,
+    column,
     graph,
     grid,
     heat,
     label_variable,
     now,
     number,
+    option,
     over_time,
     rows,
     source_variable,
@@ -26,10 +29,13 @@ from panels import (
 )
 
 _OURS: Final = 'instance=~"$instance"'
+# All p-values are up to 1.
+_BELOW_ONE: Final = 'le!~"1|1.0|[+]Inf"'
 
 
-def _rate(metric: str, by: str = "") -> str:
-    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{_OURS}}}[$__rate_interval]))"
+def _rate(metric: str, by: str = "", more: str = "") -> str:
+    chosen = f"{_OURS}, {more}" if more else _OURS
+    return f"sum{f' by ({by})' if by else ''} (rate({metric}{{{chosen}}}[$__rate_interval]))"
 
 
 def _increase(metric: str, by: str = "") -> str:
@@ -115,7 +121,7 @@ def _service_flow() -> Section:
             "How many scores had a p-value up to each bound, as a share of all. On normal data it "
             "is the bound itself.",
             over_time(
-                f"{_rate('tsdiff_p_value_bucket', 'le')} / on () group_left () "
+                f"{_rate('tsdiff_p_value_bucket', 'le', _BELOW_ONE)} / on () group_left () "
                 f"{_rate('tsdiff_p_value_count')}",
                 "up to {{le}}",
             ),
@@ -134,7 +140,9 @@ def _service_lag() -> Section:
                 f"sum by ({partitions}) (tsdiff_consumer_lag_records{{{_OURS}}})",
                 "{{topic}}/{{partition}}",
             ),
-        ).min(0),
+        )
+        .min(0)
+        .axis_soft_max(FEW),
         graph(
             "Lag in time",
             "Age of the oldest record that was not yet scored.",
@@ -148,18 +156,23 @@ def _service_lag() -> Section:
             "Messages that could not be read, by reason. tsdiff replay --dead-letters sends them "
             "again once the cause is mended.",
             over_time(_increase("tsdiff_dead_letters_total", "reason"), "{{reason}}"),
-        ).min(0),
+        )
+        .min(0)
+        .axis_soft_max(FEW),
         graph(
             "Rebalances and recoveries",
             "Times that partitions moved, and that a partition could not go on as it was.",
             over_time(_increase("tsdiff_rebalances_total"), "rebalances"),
             # A reason has a series from its first time on; a service may never have had one.
             over_time(
-                f"{_increase('tsdiff_recoveries_total', 'reason')} or on () vector(0)",
+                f"{_increase('tsdiff_recoveries_total', 'reason')} "
+                'or on () label_replace(vector(0), "reason", "none", "", "")',
                 "recovery: {{reason}}",
                 "B",
             ),
-        ).min(0),
+        )
+        .min(0)
+        .axis_soft_max(FEW),
         graph(
             "Readings that need a look",
             "Too late for their slot, told twice, or not keyed by entity; values of channels that "
@@ -231,6 +244,9 @@ def _versions() -> Placed:
         },
         "Instance",
     )
+    # Models have the longest names.
+    for name in ("Version", "Channels", "Period (s)"):
+        column(panel, name, option("custom.width", 90))
     return panel.span(12).height(8)
 
 
