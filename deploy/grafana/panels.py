@@ -21,7 +21,7 @@ from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common, units
 from grafana_foundation_sdk.models import dashboard as models
-from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
+from grafana_foundation_sdk.models.heatmap import HeatmapColorMode, HeatmapColorScale
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 Query = prometheus.Dataquery
@@ -231,10 +231,11 @@ def heat(
     """
     color = (
         heatmap.HeatmapColorOptions()
-        .mode(HeatmapColorMode.SCHEME)
-        .scheme("Oranges")
+        # A scheme begins with a strong brown in the dark theme; this begins with the background.
+        .mode(HeatmapColorMode.OPACITY)
+        .fill("dark-orange")
+        .scale(HeatmapColorScale.LINEAR)
         .steps(64)
-        .reverse(False)
         .min(0)
     )
     if brightest is not None:
