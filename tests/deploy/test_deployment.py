@@ -245,8 +245,12 @@ def test_files_that_commands_name_are_mounted(composed: dict[str, Any]) -> None:
     targets = {mount["target"]: Path(mount["source"]) for mount in grafana["volumes"]}
     board = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert (targets[str(board.parent)] / board.name).exists()
-    provider = targets["/etc/grafana/provisioning"] / "dashboards" / "dashboards.yaml"
+    provisioned = Path("/etc/grafana/provisioning")
+    provider = targets[str(provisioned / "dashboards")] / "dashboards.yaml"
     assert str(board.parent) in provider.read_text()
+    # Who has Alertmanager would be told twice by Grafana's own rules.
+    assert "alertmanager" in composed["services"]
+    assert not {str(provisioned), str(provisioned / "alerting")} & targets.keys()
 
 
 def test_prometheus_reaches_the_other_containers() -> None:
