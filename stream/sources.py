@@ -4,6 +4,7 @@ A source yields batches per partition and says where a partition begins: `Resume
 committed offset, what its commit metadata knew, and the snapshots of its entities.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import structlog
 from kafka import KafkaConsumer
-from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.coordinator.base import MemberState
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
@@ -210,22 +211,6 @@ class HistorySource:
         """Nothing to let go of."""
 
 
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Writes down what the group decided; it is called on kafka-python's own thread."""
-
-    def __init__(self, events: deque[tuple[str, list[TopicPartition]]]) -> None:
-        self._events = events
-
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        self._events.append(("revoked", list(revoked)))
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._events.append(("assigned", list(assigned)))
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        self._events.append(("revoked", list(lost)))
-
-
 class KafkaSource:
     """A member of a consumer group that decodes messages itself, so that none can stop it."""
 
@@ -245,13 +230,15 @@ class KafkaSource:
         self._decoder = decoder
         self._grid = grid
         self._options = dict(client_options or {})
-        self._events: deque[tuple[str, list[TopicPartition]]] = deque()
-        # Partitions that replay an earlier part of the log, and up to which offset.
-        self._replaying: dict[TopicPartition, int] = {}
-        # The next offset of each partition, as far as we have come.
+        # The place in the group under which we hold what we hold; None: none.
+        self._membership: Any = None
+        # The next offset of each partition that is ours, as far as we have come.
         self._positions: dict[TopicPartition, int] = {}
+        # Those of them that replay an earlier part of the log, and up to which offset.
+        self._replaying: dict[TopicPartition, int] = {}
+        # Those of them that are to begin again from their commit.
+        self._again: set[TopicPartition] = set()
         self._partition_count = 0
-        self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
         self._idle_since = time.monotonic()
         try:
@@ -265,7 +252,7 @@ class KafkaSource:
             raise StreamError(f"kafka-python refuses the settings of input: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"no consumer: {error!r}") from error
-        self._consumer.subscribe([config.input.topic], listener=_Listener(self._events))
+        self._consumer.subscribe([config.input.topic])
 
     @property
     def consumer(self) -> KafkaConsumer:
@@ -282,31 +269,32 @@ class KafkaSource:
         """
         polled = Polled()
         fetched = self._fetch()
-        # Taken before the events are read: what the group decides after this has a later
+        # Taken before anything is made of it: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
-        polled.generation = self._consumer.group_metadata()
-        if polled.generation.generation_id < 0:
+        membership = self._consumer.group_metadata()
+        if membership.generation_id < 0:
             # The broker has thrown us out, as after a long sleep; others may have our partitions. A
             # commit in nobody's name it would take for that of an old client, and not refuse
             # (KIP-447): what was read now is not ours, and assigned anew it is read again.
-            fetched = {}
-            polled.revoked |= {PartitionId(*p) for p in self._positions}
-            self._positions.clear()
-            self._replaying.clear()
+            self._let_go(set(self._positions), polled)
+            self._membership = None
+            return polled
         try:
             self._notice_stalls(polled)
-            self._follow_group(polled)
+            self._follow_group(membership, polled)
             self._take(fetched, polled)
             self._ask_for_our_place(polled)
         except KafkaError as error:
-            self._rewind = True
+            self.rewind()
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
+        polled.generation = self._membership
         return polled
 
     def _take(self, fetched: Mapping[TopicPartition, list[Any]], polled: Polled) -> None:
         for partition, records in fetched.items():
             # What was fetched before we knew where to begin is not ours to use.
-            if PartitionId(*partition) in polled.assigned.keys() | polled.revoked:
+            begun = partition in self._positions.keys() - self._again
+            if not begun or PartitionId(*partition) in polled.assigned:
                 continue
             polled.batches.append(self._decode(partition, records))
             self._positions[partition] = records[-1].offset + 1
@@ -327,13 +315,14 @@ class KafkaSource:
         kafka-python 3.0.12 keeps the first to itself: without a commit it would be idle for ever.
         """
         now = time.monotonic()
-        if polled.batches or polled.assigned or self._replaying:
+        if polled.batches:
             self._idle_since = now
-        elif now - self._idle_since >= self._config.input.session_timeout_ms / 1000:
+        due = now - self._idle_since >= self._config.input.session_timeout_ms / 1000
+        held = self._positions.keys() - self._again
+        if self._config.input.instance_id and held and due and not self._replaying:
             self._idle_since = now
-            held = sorted(self._positions) if self._config.input.instance_id else []
-            for partition in held[:1]:
-                polled.batches.append(self._decode(partition, [], self._positions[partition]))
+            partition = min(held)
+            polled.batches.append(self._decode(partition, [], self._positions[partition]))
 
     def _fetch(self) -> dict[TopicPartition, list[Any]]:
         try:
@@ -347,7 +336,7 @@ class KafkaSource:
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             # Retention was quicker than we, or the topic is another one by now.
             _log.warning("reading on is not possible; going back to the commit", error=str(error))
-            self._rewind = True
+            self.rewind()
             return {}
         except KafkaError as error:
             raise RetryableError(f"fetching failed: {error!r}") from error
@@ -377,26 +366,37 @@ class KafkaSource:
                 )
             _log.warning(f"beginning again from the commit: {where}", reason="stall")
             polled.stalled += 1
-            self._rewind = True
+            self.rewind()
 
-    def _follow_group(self, polled: Polled) -> None:
-        assigned: set[TopicPartition] = set()
-        if self._rewind:
-            assigned |= set(self._consumer.assignment())
-            self._rewind = False
-        while self._events:
-            kind, partitions = self._events.popleft()
-            if kind == "revoked":
-                polled.revoked |= {PartitionId(*p) for p in partitions}
-                assigned -= set(partitions)
-                for partition in partitions:
-                    self._replaying.pop(partition, None)
-                    self._positions.pop(partition, None)
-            else:
-                assigned |= set(partitions)
-        assigned &= set(self._consumer.assignment())
-        if assigned:
-            self._resume_all(sorted(assigned), polled)
+    def _follow_group(self, membership: Any, polled: Polled) -> None:  # noqa: ANN401 - kafka-python's
+        """Let go of what is no longer ours, and begin what is, or has to begin again."""
+        owned = set(self._consumer.assignment())
+        self._let_go(self._positions.keys() - owned, polled)
+        if membership.state is not MemberState.STABLE:
+            return  # until the rebalance is over we are whom the group knew before it
+        begin = (owned - self._positions.keys()) | self._again
+        place = (membership.generation_id, membership.member_id)
+        before = self._membership
+        if before is None or place != (before.generation_id, before.member_id):
+            # kafka-python may join again without a word of what it lost in between, and keep it.
+            begin |= {p for p in self._positions.keys() - begin if self._is_behind(p)}
+        if begin:
+            self._resume_all(sorted(begin), polled)
+        self._again -= begin
+        self._membership = membership
+
+    def _let_go(self, partitions: set[TopicPartition], polled: Polled) -> None:
+        for partition in partitions:
+            del self._positions[partition]
+            self._replaying.pop(partition, None)
+            self._again.discard(partition)
+        polled.revoked |= {PartitionId(*p) for p in partitions}
+
+    def _is_behind(self, partition: TopicPartition) -> bool:
+        """Whether somebody else has gone on with a partition since we held it."""
+        ours = self._replaying.get(partition, self._positions[partition])
+        committed = self._committed(partition)
+        return committed is not None and committed.offset > ours
 
     def _resume_all(self, partitions: list[TopicPartition], polled: Polled) -> None:
         known = len(self._consumer.partitions_for_topic(self._config.input.topic) or ())
@@ -531,7 +531,10 @@ class KafkaSource:
 
     def rewind(self) -> None:
         """Resume every partition from its last commit with the next poll."""
-        self._rewind = True
+        self._again |= self._positions.keys()
+        self._replaying.clear()
+        # A namesake and we take the transactional id from one another; the group decides, at once.
+        self._idle_since = -math.inf
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""
