@@ -227,6 +227,8 @@ def watched(
                 return max((float(value) for _, value in newest), default=0.0)
 
             wait_until(lambda: seen_until() > end, "a scrape after the last score")
+            # The last step of a range is its end, where the alert is active.
+            start = end - math.ceil((end - start) / STEP) * STEP
             yield Watched(prometheus, start, end, entity)
     finally:
         prometheus.end()
