@@ -16,7 +16,6 @@ import json
 import math
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -399,7 +398,10 @@ class Drill:
         worker.signal(signal.SIGCONT)
 
     def twin(self) -> None:
-        """A second process with the name of the first, which sleeps, wakes up, and has to go."""
+        """A second process with the name of the first, which sleeps and wakes up: one has to go.
+
+        Mostly it is the first; but whoever was about to join again when it fell asleep joins last.
+        """
         named = [w for w in self.running if w in self._named and w.said("partition assigned")]
         if not named:
             self.wait_for_assignment(self.start(f"pod-{len(self.deployed.workers)}"))
@@ -410,15 +412,18 @@ class Drill:
         self.wait_for_assignment(second)
         self.pause(0, 2)
         first.signal(signal.SIGCONT)
-        self.running.remove(first)
-        try:
-            status = first.process.wait(40)
-        except subprocess.TimeoutExpired:
-            self.violation(f"{first.log.name}: did not give way to its twin{first.tail()}")
-            first.kill()
-            return
-        if status != 1 or "instance_id" not in first.log.read_text():
-            self.violation(f"{first.log.name}: status {status}, without a reason{first.tail()}")
+
+        def ended() -> list[Worker]:
+            return [w for w in (first, second) if w.process.poll() is not None]
+
+        self.wait(lambda: bool(ended()), "one of two namesakes gives way", 40)
+        for worker in ended() or [first]:
+            self.running.remove(worker)
+            worker.kill()
+            status = worker.process.returncode
+            if status != 1 or "instance_id" not in worker.log.read_text():
+                text = f"{worker.log.name}: status {status}, without a reason{worker.tail()}"
+                self.violation(text)
 
     def broker_restart(self) -> None:
         self.deployed.close_readers()
