@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol
 import numpy as np
 import structlog
 from kafka import KafkaConsumer
+from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.coordinator.base import MemberState
 from kafka.errors import (
@@ -211,6 +212,19 @@ class HistorySource:
         """Nothing to let go of."""
 
 
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Notes what the group gives anew: the client has forgotten where it stood in that."""
+
+    def __init__(self, given: set[TopicPartition]) -> None:
+        self._given = given
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._given.update(assigned)
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Nothing: what is ours is looked at after every poll."""
+
+
 class KafkaSource:
     """A member of a consumer group that decodes messages itself, so that none can stop it."""
 
@@ -236,7 +250,7 @@ class KafkaSource:
         self._positions: dict[TopicPartition, int] = {}
         # Those of them that replay an earlier part of the log, and up to which offset.
         self._replaying: dict[TopicPartition, int] = {}
-        # Those of them that are to begin again from their commit.
+        # Those that are to begin, or begin again, from their commit.
         self._again: set[TopicPartition] = set()
         self._partition_count = 0
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
@@ -252,7 +266,7 @@ class KafkaSource:
             raise StreamError(f"kafka-python refuses the settings of input: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"no consumer: {error!r}") from error
-        self._consumer.subscribe([config.input.topic])
+        self._consumer.subscribe([config.input.topic], listener=_Listener(self._again))
 
     @property
     def consumer(self) -> KafkaConsumer:
@@ -374,7 +388,7 @@ class KafkaSource:
         self._let_go(self._positions.keys() - owned, polled)
         if membership.state is not MemberState.STABLE:
             return  # until the rebalance is over we are whom the group knew before it
-        begin = (owned - self._positions.keys()) | self._again
+        begin = owned - (self._positions.keys() - self._again)
         place = (membership.generation_id, membership.member_id)
         before = self._membership
         if before is None or place != (before.generation_id, before.member_id):
@@ -382,7 +396,7 @@ class KafkaSource:
             begin |= {p for p in self._positions.keys() - begin if self._is_behind(p)}
         if begin:
             self._resume_all(sorted(begin), polled)
-        self._again -= begin
+        self._again.clear()
         self._membership = membership
 
     def _let_go(self, partitions: set[TopicPartition], polled: Polled) -> None:

@@ -436,6 +436,22 @@ def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) ->
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
 
 
+def test_who_loses_and_gets_its_partitions_while_it_rebuilds_begins_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.first_life()
+    live = bench.start()
+    live.until(lambda: bool(live.source._replaying))
+    bench.send(range(61, 71))
+    # Long enough for one poll to see both, and what comes after them.
+    monkeypatch.setattr("stream.sources.POLL_MS", 20_000)
+    live.source.consumer._coordinator.reset_generation()
+    live.service.step()
+    monkeypatch.undo()
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 69), "ok"))
+
+
 def test_only_what_stands_still_while_it_could_go_on_stalls() -> None:
     one, two = TopicPartition("t", 0), TopicPartition("t", 1)
     watch = StallWatch(after_s=10)
