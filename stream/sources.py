@@ -346,7 +346,9 @@ class KafkaSource:
         except AuthorizationError as error:
             raise StreamError(f"the broker refuses to be read from: {error}") from error
         except NoOffsetForPartitionError:
-            return {}  # newly assigned; `_resume_all` says where to begin
+            # Newly assigned; `_resume_all` says where to begin. What came of others is lost with it.
+            self.rewind()
+            return {}
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             # Retention was quicker than we, or the topic is another one by now.
             _log.warning("reading on is not possible; going back to the commit", error=str(error))
