@@ -213,16 +213,19 @@ class HistorySource:
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Notes what the group gives anew: the client has forgotten where it stood in that."""
+    """Writes down what the group decided; it is called on kafka-python's own thread."""
 
-    def __init__(self, given: set[TopicPartition]) -> None:
-        self._given = given
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._given.update(assigned)
+    def __init__(self, events: deque[tuple[str, list[TopicPartition]]]) -> None:
+        self._events = events
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Nothing: what is ours is looked at after every poll."""
+        self._events.append(("revoked", list(revoked)))
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._events.append(("assigned", list(assigned)))
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self._events.append(("revoked", list(lost)))
 
 
 class KafkaSource:
@@ -244,15 +247,13 @@ class KafkaSource:
         self._decoder = decoder
         self._grid = grid
         self._options = dict(client_options or {})
-        # The place in the group under which we hold what we hold; None: none.
-        self._membership: Any = None
-        # The next offset of each partition that is ours, as far as we have come.
-        self._positions: dict[TopicPartition, int] = {}
-        # Those of them that replay an earlier part of the log, and up to which offset.
+        self._events: deque[tuple[str, list[TopicPartition]]] = deque()
+        # Partitions that replay an earlier part of the log, and up to which offset.
         self._replaying: dict[TopicPartition, int] = {}
-        # Those that are to begin, or begin again, from their commit.
-        self._again: set[TopicPartition] = set()
+        # The next offset of each partition, as far as we have come.
+        self._positions: dict[TopicPartition, int] = {}
         self._partition_count = 0
+        self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
         self._idle_since = time.monotonic()
         try:
@@ -266,7 +267,7 @@ class KafkaSource:
             raise StreamError(f"kafka-python refuses the settings of input: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"no consumer: {error!r}") from error
-        self._consumer.subscribe([config.input.topic], listener=_Listener(self._again))
+        self._consumer.subscribe([config.input.topic], listener=_Listener(self._events))
 
     @property
     def consumer(self) -> KafkaConsumer:
@@ -283,32 +284,33 @@ class KafkaSource:
         """
         polled = Polled()
         fetched = self._fetch()
-        # Taken before anything is made of it: what the group decides after this has a later
+        # Taken before the events are read: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
-        membership = self._consumer.group_metadata()
-        if membership.generation_id < 0:
+        polled.generation = self._consumer.group_metadata()
+        if polled.generation.generation_id < 0:
             # The broker has thrown us out, as after a long sleep; others may have our partitions. A
             # commit in nobody's name it would take for that of an old client, and not refuse
             # (KIP-447): what was read now is not ours, and assigned anew it is read again.
-            self._let_go(set(self._positions), polled)
-            self._membership = None
-            return polled
+            fetched = {}
+            polled.revoked |= {PartitionId(*p) for p in self._positions}
+            self._positions.clear()
+            self._replaying.clear()
         try:
             self._notice_stalls(polled)
-            self._follow_group(membership, polled)
+            self._follow_group(polled)
             self._take(fetched, polled)
             self._ask_for_our_place(polled)
         except KafkaError as error:
-            self.rewind()
+            self._rewind = True
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
-        polled.generation = self._membership
         return polled
 
     def _take(self, fetched: Mapping[TopicPartition, list[Any]], polled: Polled) -> None:
         for partition, records in fetched.items():
             # What was fetched before we knew where to begin is not ours to use.
-            begun = partition in self._positions.keys() - self._again
-            if not begun or PartitionId(*partition) in polled.assigned:
+            if PartitionId(*partition) in polled.assigned.keys() | polled.revoked:
+                continue
+            if partition not in self._positions:
                 continue
             polled.batches.append(self._decode(partition, records))
             self._positions[partition] = records[-1].offset + 1
@@ -332,10 +334,9 @@ class KafkaSource:
         if polled.batches:
             self._idle_since = now
         due = now - self._idle_since >= self._config.input.session_timeout_ms / 1000
-        held = self._positions.keys() - self._again
-        if self._config.input.instance_id and held and due and not self._replaying:
+        if self._config.input.instance_id and self._positions and due and not self._replaying:
             self._idle_since = now
-            partition = min(held)
+            partition = min(self._positions)
             polled.batches.append(self._decode(partition, [], self._positions[partition]))
 
     def _fetch(self) -> dict[TopicPartition, list[Any]]:
@@ -346,13 +347,11 @@ class KafkaSource:
         except AuthorizationError as error:
             raise StreamError(f"the broker refuses to be read from: {error}") from error
         except NoOffsetForPartitionError:
-            # Newly assigned; `_resume_all` says where to begin. What came of others is lost with it.
-            self.rewind()
-            return {}
+            return {}  # newly assigned; `_resume_all` says where to begin
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             # Retention was quicker than we, or the topic is another one by now.
             _log.warning("reading on is not possible; going back to the commit", error=str(error))
-            self.rewind()
+            self._rewind = True
             return {}
         except KafkaError as error:
             raise RetryableError(f"fetching failed: {error!r}") from error
@@ -382,37 +381,30 @@ class KafkaSource:
                 )
             _log.warning(f"beginning again from the commit: {where}", reason="stall")
             polled.stalled += 1
-            self.rewind()
+            self._rewind = True
 
-    def _follow_group(self, membership: Any, polled: Polled) -> None:  # noqa: ANN401 - kafka-python's
-        """Let go of what is no longer ours, and begin what is, or has to begin again."""
+    def _follow_group(self, polled: Polled) -> None:
+        assigned: set[TopicPartition] = set()
+        if self._rewind:
+            assigned |= set(self._consumer.assignment())
+            self._rewind = False
+        while self._events:
+            kind, partitions = self._events.popleft()
+            if kind == "revoked":
+                polled.revoked |= {PartitionId(*p) for p in partitions}
+                assigned -= set(partitions)
+                for partition in partitions:
+                    self._replaying.pop(partition, None)
+                    self._positions.pop(partition, None)
+            else:
+                assigned |= set(partitions)
         owned = set(self._consumer.assignment())
-        self._let_go(self._positions.keys() - owned, polled)
-        if membership.state is not MemberState.STABLE:
-            return  # until the rebalance is over we are whom the group knew before it
-        begin = owned - (self._positions.keys() - self._again)
-        place = (membership.generation_id, membership.member_id)
-        before = self._membership
-        if before is None or place != (before.generation_id, before.member_id):
-            # kafka-python may join again without a word of what it lost in between, and keep it.
-            begin |= {p for p in self._positions.keys() - begin if self._is_behind(p)}
-        if begin:
-            self._resume_all(sorted(begin), polled)
-        self._again.clear()
-        self._membership = membership
-
-    def _let_go(self, partitions: set[TopicPartition], polled: Polled) -> None:
-        for partition in partitions:
-            del self._positions[partition]
-            self._replaying.pop(partition, None)
-            self._again.discard(partition)
-        polled.revoked |= {PartitionId(*p) for p in partitions}
-
-    def _is_behind(self, partition: TopicPartition) -> bool:
-        """Whether somebody else has gone on with a partition since we held it."""
-        ours = self._replaying.get(partition, self._positions[partition])
-        committed = self._committed(partition)
-        return committed is not None and committed.offset > ours
+        if polled.generation.state is MemberState.STABLE:
+            # kafka-python may join again without a word of what we have let go of in between.
+            assigned |= owned - self._positions.keys()
+        assigned &= owned
+        if assigned:
+            self._resume_all(sorted(assigned), polled)
 
     def _resume_all(self, partitions: list[TopicPartition], polled: Polled) -> None:
         known = len(self._consumer.partitions_for_topic(self._config.input.topic) or ())
@@ -547,8 +539,7 @@ class KafkaSource:
 
     def rewind(self) -> None:
         """Resume every partition from its last commit with the next poll."""
-        self._again |= self._positions.keys()
-        self._replaying.clear()
+        self._rewind = True
         # A namesake and we take the transactional id from one another; the group decides, at once.
         self._idle_since = -math.inf
 

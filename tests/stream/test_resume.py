@@ -418,24 +418,6 @@ def test_who_is_no_longer_in_the_group_commits_nothing(
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
 
 
-def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) -> None:
-    bench.first_life()
-    live = bench.start()
-    bench.send(range(61, 71))
-    live.score(10)
-    # Thrown out between two attempts to join: kafka-python keeps its partitions, and does not tell.
-    coordinator = live.source.consumer._coordinator
-    coordinator.rejoining = True
-    coordinator.maybe_leave_group()
-    bench.send(range(71, 81))
-    other = bench.start()
-    other.score(10)
-    other.close()
-    bench.send(range(81, 91))
-    live.score(10)
-    assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
-
-
 def test_who_loses_and_gets_its_partitions_while_it_rebuilds_begins_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
