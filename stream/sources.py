@@ -308,9 +308,8 @@ class KafkaSource:
     def _take(self, fetched: Mapping[TopicPartition, list[Any]], polled: Polled) -> None:
         for partition, records in fetched.items():
             # What was fetched before we knew where to begin is not ours to use.
-            if PartitionId(*partition) in polled.assigned.keys() | polled.revoked:
-                continue
-            if partition not in self._positions:
+            begun = partition in self._positions
+            if not begun or PartitionId(*partition) in polled.assigned.keys() | polled.revoked:
                 continue
             polled.batches.append(self._decode(partition, records))
             self._positions[partition] = records[-1].offset + 1
@@ -334,7 +333,9 @@ class KafkaSource:
         if polled.batches:
             self._idle_since = now
         due = now - self._idle_since >= self._config.input.session_timeout_ms / 1000
-        if self._config.input.instance_id and self._positions and due and not self._replaying:
+        # Nobody's commit would not be refused: see `poll`.
+        named = self._config.input.instance_id and polled.generation.generation_id >= 0
+        if named and self._positions and due and not self._replaying:
             self._idle_since = now
             partition = min(self._positions)
             polled.batches.append(self._decode(partition, [], self._positions[partition]))
