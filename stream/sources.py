@@ -47,6 +47,8 @@ RETRY_SECONDS: Final = 2.0
 POLL_MS: Final = 200
 # The state topic is read in one go at each assignment.
 STATE_TIMEOUT_S: Final = 60.0
+# Time for the broker to say where a partition was committed.
+_COMMITTED_MS: Final = 30_000
 # A look at whether partitions stall may hold up the loop no longer than this.
 _LOOK_MS: Final = 2_000
 
@@ -253,6 +255,8 @@ class KafkaSource:
         # The next offset of each partition, as far as we have come.
         self._positions: dict[TopicPartition, int] = {}
         self._partition_count = 0
+        # Under which name the group knows us; one that it has thrown out gets another.
+        self._member_id = ""
         self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
         self._idle_since = time.monotonic()
@@ -287,21 +291,23 @@ class KafkaSource:
         # Taken before the events are read: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
         polled.generation = self._consumer.group_metadata()
-        if polled.generation.generation_id < 0:
-            # The broker has thrown us out, as after a long sleep; others may have our partitions. A
-            # commit in nobody's name it would take for that of an old client, and not refuse
-            # (KIP-447): what was read now is not ours, and assigned anew it is read again.
+        if polled.generation.generation_id < 0 or polled.generation.member_id != self._member_id:
+            # The broker has thrown us out, as after a long sleep; others may have had our
+            # partitions, and kafka-python, joining again, may keep them without a word. What was
+            # read until now is not ours, and assigned anew it is read again. A commit in nobody's
+            # name the broker would take for that of an old client, and not refuse (KIP-447).
             fetched = {}
             polled.revoked |= {PartitionId(*p) for p in self._positions}
             self._positions.clear()
             self._replaying.clear()
+            self._member_id = polled.generation.member_id
         try:
             self._notice_stalls(polled)
             self._follow_group(polled)
             self._take(fetched, polled)
             self._ask_for_our_place(polled)
         except KafkaError as error:
-            self._rewind = True
+            self.rewind()
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
         return polled
 
@@ -352,7 +358,7 @@ class KafkaSource:
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             # Retention was quicker than we, or the topic is another one by now.
             _log.warning("reading on is not possible; going back to the commit", error=str(error))
-            self._rewind = True
+            self.rewind()
             return {}
         except KafkaError as error:
             raise RetryableError(f"fetching failed: {error!r}") from error
@@ -382,7 +388,7 @@ class KafkaSource:
                 )
             _log.warning(f"beginning again from the commit: {where}", reason="stall")
             polled.stalled += 1
-            self._rewind = True
+            self.rewind()
 
     def _follow_group(self, polled: Polled) -> None:
         assigned: set[TopicPartition] = set()
@@ -445,7 +451,10 @@ class KafkaSource:
             polled.assigned[PartitionId(*partition)] = resume
 
     def _committed(self, partition: TopicPartition) -> Any:  # noqa: ANN401
-        found = self._consumer.committed(partition, metadata=True, timeout_ms=30_000)
+        # The first answer may be that to an earlier question which was given up: kafka-python
+        # 3.0.12 keeps it until it is asked again, and others may have committed since.
+        self._consumer.committed(partition, timeout_ms=_COMMITTED_MS)
+        found = self._consumer.committed(partition, metadata=True, timeout_ms=_COMMITTED_MS)
         return None if found is None or found.offset < 0 else found
 
     def _begin(self, partition: TopicPartition, start: int, resume: Resume) -> None:

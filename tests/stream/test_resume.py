@@ -434,6 +434,39 @@ def test_who_loses_and_gets_its_partitions_while_it_rebuilds_begins_again(
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 69), "ok"))
 
 
+def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) -> None:
+    bench.first_life()
+    live = bench.start()
+    bench.send(range(61, 71))
+    live.score(10)
+    # Thrown out between two attempts to join: kafka-python keeps its partitions, and does not tell.
+    coordinator = live.source.consumer._coordinator
+    coordinator.rejoining = True
+    coordinator.maybe_leave_group()
+    bench.send(range(71, 81))
+    other = bench.start()
+    other.score(10)
+    other.close()
+    bench.send(range(81, 91))
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
+
+
+def test_what_was_committed_is_not_what_an_earlier_question_is_answered_with(bench: Bench) -> None:
+    bench.first_life()
+    live = bench.start()
+    bench.send(range(61, 71))
+    live.score(10)
+    with pytest.raises(KafkaTimeoutError):
+        live.source.consumer.committed(bench.partition, timeout_ms=0)
+    bench.send(range(71, 81))
+    live.score(10)
+    live.source.rewind()
+    bench.send(range(81, 91))
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
+
+
 def test_only_what_stands_still_while_it_could_go_on_stalls() -> None:
     one, two = TopicPartition("t", 0), TopicPartition("t", 1)
     watch = StallWatch(after_s=10)
