@@ -47,8 +47,8 @@ RETRY_SECONDS: Final = 2.0
 POLL_MS: Final = 200
 # The state topic is read in one go at each assignment.
 STATE_TIMEOUT_S: Final = 60.0
-# Time for the broker to say where a partition was committed.
-_COMMITTED_MS: Final = 30_000
+# The broker has so long to say where a partition was committed; SIGTERM waits for it as well.
+_COMMITTED_MS: Final = 10_000
 # A look at whether partitions stall may hold up the loop no longer than this.
 _LOOK_MS: Final = 2_000
 

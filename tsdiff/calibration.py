@@ -22,6 +22,7 @@ SCORERS = ("hybrid", "reconstruction", "density")
 LAGS = (0, 3, 7, 15)
 """Lags in slots that a bundle is calibrated for: how much of what follows a slot may be seen."""
 KNOTS = 33
+_LEAST_GAP = 0.1  # between two knots, of the usual one
 TAIL = 0.02  # probability beyond the last knot: with a day of minutes, 30 exceedances to fit
 _TAIL_EVIDENCE = -math.log10(TAIL)
 MAX_EVIDENCE = 30.0  # 1e-30 per slot: once in longer than the world has stood
@@ -73,9 +74,13 @@ def fit_knots(sample: FloatArray) -> FloatArray:
     """Quantiles of `sample` (N,) at the knots' evidence, strictly increasing, (Q,)."""
     levels = 1.0 - 10.0 ** -np.linspace(0.0, _TAIL_EVIDENCE, KNOTS)
     knots = np.quantile(sample.astype(np.float64), levels)
-    # Ties (a stream that never moves) would make the inverse jump: part them by a hair.
-    hair = np.maximum(np.abs(knots[-1]), MIN_STREAM) * 1e-5
-    return np.asarray(np.maximum.accumulate(knots) + hair * np.arange(KNOTS), np.float32)
+    # Where samples happen to lie close, float32's rounding of a stream would be seen in its
+    # evidence; ties (a stream that never moves) would make the inverse jump.
+    least = max(
+        _LEAST_GAP * float(np.median(np.diff(knots))), 1e-5 * max(abs(float(knots[-1])), MIN_STREAM)
+    )
+    steps = least * np.arange(KNOTS)
+    return np.asarray(np.maximum.accumulate(knots - steps) + steps, np.float32)
 
 
 def _excess_mean(excess: FloatArray, prior: float) -> float:
