@@ -4,7 +4,6 @@ A source yields batches per partition and says where a partition begins: `Resume
 committed offset, what its commit metadata knew, and the snapshots of its entities.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -306,8 +305,10 @@ class KafkaSource:
             self._follow_group(polled)
             self._take(fetched, polled)
             self._ask_for_our_place(polled)
+        except FencedInstanceIdError as error:
+            raise name_taken(self._config) from error
         except KafkaError as error:
-            self.rewind()
+            self._rewind = True
             raise RetryableError(f"resuming partitions failed: {error!r}") from error
         return polled
 
@@ -358,7 +359,7 @@ class KafkaSource:
         except (OffsetOutOfRangeError, LogTruncationError) as error:
             # Retention was quicker than we, or the topic is another one by now.
             _log.warning("reading on is not possible; going back to the commit", error=str(error))
-            self.rewind()
+            self._rewind = True
             return {}
         except KafkaError as error:
             raise RetryableError(f"fetching failed: {error!r}") from error
@@ -388,13 +389,13 @@ class KafkaSource:
                 )
             _log.warning(f"beginning again from the commit: {where}", reason="stall")
             polled.stalled += 1
-            self.rewind()
+            self._rewind = True
 
     def _follow_group(self, polled: Polled) -> None:
         assigned: set[TopicPartition] = set()
-        if self._rewind:
+        again, self._rewind = self._rewind, False
+        if again:
             assigned |= set(self._consumer.assignment())
-            self._rewind = False
         while self._events:
             kind, partitions = self._events.popleft()
             if kind == "revoked":
@@ -411,9 +412,9 @@ class KafkaSource:
             assigned |= owned - self._positions.keys()
         assigned &= owned
         if assigned:
-            self._resume_all(sorted(assigned), polled)
+            self._resume_all(sorted(assigned), polled, again=again)
 
-    def _resume_all(self, partitions: list[TopicPartition], polled: Polled) -> None:
+    def _resume_all(self, partitions: list[TopicPartition], polled: Polled, *, again: bool) -> None:
         known = len(self._consumer.partitions_for_topic(self._config.input.topic) or ())
         before, self._partition_count = self._partition_count or known, known
         if known > before:
@@ -421,6 +422,10 @@ class KafkaSource:
         # Offsets first: those are of transactions that have ended. State read before them could
         # be older than what they say.
         committed = {p: self._committed(p) for p in partitions}
+        if again and self._config.input.instance_id:
+            # Perhaps a namesake has our place, and took the transactional id for its commits. The
+            # group alone knows; without asking, the two would take it from one another for long.
+            self._consumer.commit({p: c for p, c in committed.items() if c}, _COMMITTED_MS)
         metadata = {
             p: CommitMetadata.decode((c and c.metadata) or "") for p, c in committed.items()
         }
@@ -550,8 +555,6 @@ class KafkaSource:
     def rewind(self) -> None:
         """Resume every partition from its last commit with the next poll."""
         self._rewind = True
-        # A namesake and we take the transactional id from one another; the group decides, at once.
-        self._idle_since = -math.inf
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""

@@ -96,7 +96,7 @@ class Bench:
         self.scores = Reader(servers, f"{topic}.scores")
         self.lives: list[Live] = []
 
-    def configured(self, **delivery: Any) -> ServiceConfig:  # noqa: ANN401
+    def configured(self, **settings: Any) -> ServiceConfig:  # noqa: ANN401
         outputs = {name: f"{self.topic}.{name}" for name in ("scores", "alerts", "state")}
         return load_config(
             None,
@@ -106,7 +106,8 @@ class Bench:
                 "input.topic": self.topic,
                 "input.group": f"{self.topic}.group",
                 "outputs": {**outputs, "dead_letters": f"{self.topic}.dead"},
-                "delivery": {"transaction_timeout": "5s", **delivery},
+                "delivery.transaction_timeout": "5s",
+                **settings,
             },
         )
 
@@ -324,7 +325,7 @@ def test_added_partitions_are_taken_while_the_service_runs(bench: Bench) -> None
 def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.config = bench.configured(mode="at-least-once")
+    bench.config = bench.configured(**{"delivery.mode": "at-least-once"})
     bench.first_life()
     bench.send(range(61, 81))
     live = bench.start()
@@ -450,6 +451,26 @@ def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) ->
     bench.send(range(81, 91))
     live.score(10)
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
+
+
+def test_a_namesake_that_rebuilds_its_windows_gives_way_at_its_first_failed_commit(
+    bench: Bench,
+) -> None:
+    bench.config = bench.configured(**{"input.instance_id": "pod-0"})
+    bench.first_life()
+    older = bench.start()
+    bench.send(range(61, 71))
+    older.score(10)
+    newer = bench.start()
+    newer.until(lambda: bool(newer.source._positions))
+    # Each takes the transactional id from the other, and the older one rebuilds its windows.
+    older.sink.reset()
+    older.source.rewind()
+    with pytest.raises(StreamError, match="only service of group"):
+        older.service.step()
+    bench.send(range(71, 81))
+    newer.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
 
 
 def test_what_was_committed_is_not_what_an_earlier_question_is_answered_with(bench: Bench) -> None:
