@@ -4,6 +4,7 @@ A source yields batches per partition and says where a partition begins: `Resume
 committed offset, what its commit metadata knew, and the snapshots of its entities.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -555,6 +556,8 @@ class KafkaSource:
     def rewind(self) -> None:
         """Resume every partition from its last commit with the next poll."""
         self._rewind = True
+        # Where nothing was committed yet, committing where we stand is how a namesake is found.
+        self._idle_since = -math.inf
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""
