@@ -129,6 +129,14 @@ class Bench:
         live.score(59)
         live.close()
 
+    def second_life(self) -> Live:
+        """One that has gone on after the first: to slot 68, with 69 and 70 open."""
+        self.first_life()
+        live = self.start()
+        self.send(range(61, 71))
+        live.score(10)
+        return live
+
     def forget(self, before: int) -> None:
         """What retention does: the log begins later."""
         self.admin.delete_records({self.partition: before})
@@ -400,10 +408,7 @@ def test_a_clock_that_is_ahead_closes_nobodys_slots(ahead_s: int, bench: Bench) 
 def test_who_is_no_longer_in_the_group_commits_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.first_life()
-    live = bench.start()
-    bench.send(range(61, 71))
-    live.score(10)
+    live = bench.second_life()
     before = bench.committed()
     bench.send(range(71, 81))
     consumer = live.source.consumer
@@ -436,10 +441,7 @@ def test_who_loses_and_gets_its_partitions_while_it_rebuilds_begins_again(
 
 
 def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) -> None:
-    bench.first_life()
-    live = bench.start()
-    bench.send(range(61, 71))
-    live.score(10)
+    live = bench.second_life()
     # Thrown out between two attempts to join: kafka-python keeps its partitions, and does not tell.
     coordinator = live.source.consumer._coordinator
     coordinator.rejoining = True
@@ -457,10 +459,7 @@ def test_a_namesake_that_rebuilds_its_windows_gives_way_at_its_first_failed_comm
     bench: Bench,
 ) -> None:
     bench.config = bench.configured(**{"input.instance_id": "pod-0"})
-    bench.first_life()
-    older = bench.start()
-    bench.send(range(61, 71))
-    older.score(10)
+    older = bench.second_life()
     newer = bench.start()
     newer.until(lambda: bool(newer.source._positions))
     # Each takes the transactional id from the other, and the older one rebuilds its windows.
@@ -474,10 +473,7 @@ def test_a_namesake_that_rebuilds_its_windows_gives_way_at_its_first_failed_comm
 
 
 def test_what_was_committed_is_not_what_an_earlier_question_is_answered_with(bench: Bench) -> None:
-    bench.first_life()
-    live = bench.start()
-    bench.send(range(61, 71))
-    live.score(10)
+    live = bench.second_life()
     with pytest.raises(KafkaTimeoutError):
         live.source.consumer.committed(bench.partition, timeout_ms=0)
     bench.send(range(71, 81))
