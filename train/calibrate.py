@@ -97,7 +97,7 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     """Fit the tails of every stream and of their combination, lag by lag, row by row and pooled."""
     config = reader.config
     held_out = read_held_out(model, dataset, reader)
-    several = model.anchors.noisy.mean.shape[0] > 1
+    several = model.anchors.clean.mean.shape[0] > 1
     unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
     neutral = _rows([np.median(_covered(part), 0) for part in held_out], unknown)
 

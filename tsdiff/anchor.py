@@ -8,7 +8,9 @@ say anything is Gaussian with precision M = I + W' diag(o / (noise + sigma^2)) W
 Bishop 2006, section 12.2.4). x is one window, flattened slot-major, in normalised units.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -141,32 +143,75 @@ class Whitened(NamedTuple):
     `loadings` = v^-1/2 W R^-T, and under missing cells M = I - sum over missing of l l'. Few
     missing cells are a small correction of I, so float32 is good enough, and a complete window
     gives the same numbers by every way of solving.
+
+    A further level of the same anchor shares the `loadings` of the first, the largest part by far:
+    its own are `weight` times these times `turn` (None: as they are), see `turn`.
     """
 
     mean: Float[Array, " N"]
     scale: Float[Array, " N"]
     loadings: Float[Array, "N K"]
+    weight: Float[Array, " N"] | None = None
+    turn: Float[Array, "K K"] | None = None
+
+    def project(self, residual: Float[Array, "B N"]) -> Float[Array, "B K"]:
+        """Sum whitened residuals along this level's loadings."""
+        weighted = residual if self.weight is None else residual * self.weight
+        return self._turned(weighted @ self.loadings)
+
+    def last(self, cells: int) -> Float[Array, "C K"]:
+        """Return this level's loadings of the last `cells`."""
+        rows = self.loadings[-cells:]
+        return self._turned(rows if self.weight is None else rows * self.weight[-cells:, None])
+
+    def of(self, index: Int[Array, "B Q"]) -> Float[Array, "B Q K"]:
+        """Return this level's loadings of the cells in `index`."""
+        rows = self.loadings[index]
+        return self._turned(rows if self.weight is None else rows * self.weight[index][..., None])
+
+    def lost(self, observed: Bool[Array, "B N"]) -> Float[Array, "B K K"]:
+        """Sum l l' over the cells that are not observed."""
+        share = jnp.where(observed, 0.0, 1.0 if self.weight is None else self.weight**2)
+        if len(observed) < _FEW:
+            hidden = share[..., None] * self.loadings
+            lost = jnp.swapaxes(hidden, -1, -2) @ self.loadings
+        else:
+            lost = _unpack(share @ _outer(self.loadings), self.loadings.shape[1])
+        return lost if self.turn is None else self.turn.T @ lost @ self.turn
+
+    def _turned(self, rows: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
+        return rows if self.turn is None else rows @ self.turn
 
 
 def whiten(mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float) -> Whitened:
     """Precompute (in float64) what serving needs of the anchor at noise level `sigma`."""
-    return whiten_with_basis(mean, loadings, noise, sigma)[0]
-
-
-def whiten_with_basis(
-    mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float
-) -> tuple[Whitened, DoubleArray]:
-    """As `whiten`, and R^-T (K, K), which takes loadings of other cells to the same basis."""
     v = noise.astype(np.float64) + sigma**2
     scaled = loadings.astype(np.float64) / np.sqrt(v)[:, None]
-    root = np.linalg.cholesky(np.eye(loadings.shape[1]) + scaled.T @ scaled)
-    basis = np.linalg.inv(root).T
-    whitened = scaled @ basis
+    whitened = scaled @ np.linalg.inv(_precision_root(loadings, v)).T
     return Whitened(
         mean=jnp.asarray(mean, jnp.float32),
         scale=jnp.asarray(np.sqrt(v), jnp.float32),
         loadings=jnp.asarray(whitened, jnp.float32),
-    ), basis
+    )
+
+
+def turn(
+    loadings: DoubleArray, noise: DoubleArray, sigma: float = 0.0, visible: int | None = None
+) -> Float[Array, "K K"]:
+    """R0' R^-T, which takes the basis of all cells at sigma = 0 to that of another reading.
+
+    The other is at noise level `sigma`, or sees the first `visible` cells alone. What it knows less
+    well it stretches; by no more than the noise is raised, or the hidden cells told.
+    """
+    seen = slice(visible)
+    other = _precision_root(loadings[seen], noise[seen] + sigma**2)
+    return jnp.asarray(np.linalg.solve(other, _precision_root(loadings, noise)).T, jnp.float32)
+
+
+def _precision_root(loadings: DoubleArray, variance: DoubleArray) -> DoubleArray:
+    """R (K, K), lower triangular, with R R' = I + W' diag(1 / variance) W."""
+    scaled = loadings.astype(np.float64) / np.sqrt(variance.astype(np.float64))[:, None]
+    return np.asarray(np.linalg.cholesky(np.eye(loadings.shape[1]) + scaled.T @ scaled))
 
 
 class Solved(NamedTuple):
@@ -197,17 +242,12 @@ def solve(
     small number a system of that size, None (no promise) one of size K per window.
     """
     residual = jnp.where(observed, (x - whitened.mean) / whitened.scale, 0.0)
-    projection = residual @ whitened.loadings
-    rank = whitened.loadings.shape[1]
+    projection = whitened.project(residual)
     if missing == 0:
         return Solved(residual, projection, projection, None, None)
     if missing is None:
-        if x.shape[0] < _FEW:
-            hidden = jnp.where(observed[..., None], 0.0, whitened.loadings)
-            lost = jnp.swapaxes(hidden, -1, -2) @ whitened.loadings
-        else:
-            lost = _unpack((~observed).astype(jnp.float32) @ _outer(whitened.loadings), rank)
-        eye = jnp.eye(rank)
+        lost = whitened.lost(observed)
+        eye = jnp.eye(lost.shape[-1])
         correction = _polished_inverse(eye - lost) - eye
         latent = _refined(
             projection,
@@ -221,7 +261,7 @@ def solve(
     batch = jnp.arange(observed.shape[0])[:, None]
     index = jnp.full((observed.shape[0], missing), -1)
     index = index.at[batch, order].set(jnp.broadcast_to(cells, order.shape), mode="drop")
-    rows = jnp.where(index[..., None] >= 0, whitened.loadings[index], 0.0)
+    rows = jnp.where(index[..., None] >= 0, whitened.of(index), 0.0)
     system = jnp.eye(missing) - jnp.einsum("bqk,bpk->bqp", rows, rows)
     right = jnp.einsum("bqp,bpk->bqk", _polished_inverse(system), rows)
 
@@ -319,67 +359,77 @@ class Masked(NamedTuple):
     hidden: Float[Array, "B D h"]
 
 
+def gram(loadings: Float[Array, "N K"], channels: int, hidden: int) -> Float[Array, "h h D"]:
+    """Products of the whitened loadings of each channel's last `hidden` cells."""
+    shaped = loadings[-hidden * channels :].reshape(hidden, channels, -1)
+    return jnp.einsum("ick,jck->ijc", shaped, shaped)
+
+
 def masked_reading(
     whitened: Whitened,
+    products: Float[Array, "h h D"],
     solved: Solved,
     observed: Bool[Array, "B N"],
-    channels: int,
-    hidden: int,
 ) -> Masked:
-    """Expected value of every channel's last cell with that channel's last `hidden` cells hidden.
+    """Expected value of every channel's last cell with that channel's last h cells hidden.
 
     All channels come from one solution of the observed window. With G the cells' covariance
-    through the latent variables, taking the `hidden` observed cells T of a channel out of M is a
-    Woodbury update by K = I - G_TT, a `hidden` x `hidden` system per channel. `whitened` must be
-    at sigma = 0. A missing cell is a target without evidence.
+    through the latent variables, taking the h observed cells T of a channel out of M is a
+    Woodbury update by K = I - G_TT, an h x h system per channel. `whitened` must be at sigma = 0,
+    `products` its `gram`. A missing cell is a target without evidence.
     """
-    batch = solved.residual.shape[0]
-    rows = whitened.loadings[-hidden * channels :]
-    shaped = rows.reshape(hidden, channels, -1)
-    gram = jnp.einsum("ick,jck->cij", shaped, shaped)[None]
+    # As lists over the hidden cells: sums over axes this short would cost more than all the rest.
+    hidden, channels = products.shape[1:]
+    cells = range(hidden)
+    rows = whitened.last(hidden * channels)
+
+    def by_cell(flat: Float[Array, "*b C"]) -> list[Float[Array, "*b D"]]:
+        return jnp.split(flat[..., -hidden * channels :], hidden, axis=-1)
+
+    g = [[products[i, j] for j in cells] for i in cells]
     pair = _through_latent(solved, rows)
     if pair is not None:
-        a, b = (part.reshape(batch, hidden, channels, -1) for part in pair)
-        blocks = [[(a[:, i] * b[:, j]).sum(-1) for j in range(hidden)] for i in range(hidden)]
-        gram = gram + jnp.stack([jnp.stack(line, -1) for line in blocks], -2)
-    told = (solved.latent @ rows.T).reshape(batch, hidden, channels).transpose(0, 2, 1)
-    u = solved.residual[:, -hidden * channels :].reshape(batch, hidden, channels)
-    u = u.transpose(0, 2, 1)
-    o = observed[:, -hidden * channels :].reshape(batch, hidden, channels).transpose(0, 2, 1)
-    o = o.astype(jnp.float32)
+        a, b = (part.reshape(len(part), hidden, channels, -1) for part in pair)
+        more = jnp.einsum("bicq,bjcq->bijc", a, b)
+        g = [[g[i][j] + more[:, i, j] for j in cells] for i in cells]
+    u, o = by_cell(solved.residual), by_cell(observed.astype(jnp.float32))
+    told = by_cell(solved.latent @ rows.T)
     # What the window says once the targets' own readings are out of the projection:
-    without = told - (gram @ u[..., None])[..., 0]
-    system = jnp.eye(hidden) - gram * o[..., :, None] * o[..., None, :]
-    link = gram[..., -1, :] * o
-    solution = _solve_small(system, jnp.stack(jnp.broadcast_arrays(without * o, link), -1))
-    mean = without + (gram * o[..., None, :] * solution[..., None, :, 0]).sum(-1)
-    variance = 1.0 + gram[..., -1, -1] + (link * solution[..., 1]).sum(-1)
-    scale = whitened.scale[-hidden * channels :].reshape(hidden, channels).T
-    told_of = whitened.mean[-hidden * channels :].reshape(hidden, channels).T + scale * mean
-    sd = scale[:, -1] * jnp.sqrt(jnp.broadcast_to(variance, mean.shape[:2]))
-    return Masked(told_of[..., -1], sd, told_of)
+    without = [told[i] - _sum(g[i][j] * u[j] for j in cells) for i in cells]
+    system = [[float(i == j) - g[i][j] * o[i] * o[j] for j in cells] for i in cells]
+    link = [g[-1][i] * o[i] for i in cells]
+    by_evidence = _solve_small(system, [without[i] * o[i] for i in cells])
+    by_link = _solve_small(system, link)
+    mean = [without[i] + _sum(g[i][j] * o[j] * by_evidence[j] for j in cells) for i in cells]
+    variance = 1.0 + g[-1][-1] + _sum(link[i] * by_link[i] for i in cells)
+    centre, scale = by_cell(whitened.mean), by_cell(whitened.scale)
+    means = [centre[i] + scale[i] * mean[i] for i in cells]
+    sd = jnp.broadcast_to(scale[-1] * jnp.sqrt(variance), means[-1].shape)
+    return Masked(means[-1], sd, jnp.stack(means, -1))
+
+
+def _sum(parts: Iterable[Array]) -> Array:
+    return reduce(operator.add, parts)
 
 
 def _solve_small(
-    system: Float[Array, "*b h h"], right: Float[Array, "*b h m"]
-) -> Float[Array, "*b h m"]:
+    system: Sequence[Sequence[Float[Array, "*b"]]], right: Sequence[Float[Array, "*b"]]
+) -> list[Float[Array, "*b"]]:
     """Gaussian elimination of many tiny symmetric positive definite systems, unrolled.
 
     A LAPACK call per 4 x 4 system would cost more than all the rest of the reading.
     """
-    size = system.shape[-1]
-    a = [[system[..., i, j] for j in range(size)] for i in range(size)]
-    b = [right[..., i, :] for i in range(size)]
+    size = len(system)
+    a, b = [list(row) for row in system], list(right)
     for pivot in range(size):
         inverse = 1.0 / jnp.maximum(a[pivot][pivot], _JITTER)
         for i in range(pivot + 1, size):
             factor = a[i][pivot] * inverse
             for j in range(pivot, size):
                 a[i][j] = a[i][j] - factor * a[pivot][j]
-            b[i] = b[i] - factor[..., None] * b[pivot]
+            b[i] = b[i] - factor * b[pivot]
     for i in reversed(range(size)):
-        total = b[i]
         for j in range(i + 1, size):
-            total = total - a[i][j][..., None] * b[j]
-        b[i] = total / jnp.maximum(a[i][i], _JITTER)[..., None]
-    return jnp.stack(b, axis=-2)
+            b[i] = b[i] - a[i][j] * b[j]
+        b[i] = b[i] / jnp.maximum(a[i][i], _JITTER)
+    return b

@@ -19,6 +19,7 @@ from tsdiff.anchor import (
     Masked,
     Whitened,
     anchor_index,
+    gram,
     masked_reading,
     posterior,
     solve,
@@ -138,7 +139,7 @@ def pose_imputation(
     def one(anchor: Whitened, x: Array, observed: Array) -> Masked:
         flat, seen = x.reshape(1, -1), observed.reshape(1, -1)
         solved = solve(anchor, flat, seen, missing=None)
-        return masked_reading(anchor, solved, seen, x.shape[-1], hidden)
+        return masked_reading(anchor, gram(anchor.loadings, x.shape[-1], hidden), solved, seen)
 
     masked = Masked(*(part[:, 0] for part in jax.vmap(one)(own, x, observed)))
     return Imputation(x, observed, own.mean.reshape(x.shape), masked.hidden, masked.sd, rows)

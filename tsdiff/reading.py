@@ -20,12 +20,13 @@ from tsdiff.anchor import (
     Anchor,
     Whitened,
     anchor_index,
+    gram,
     latent_variance,
     masked_reading,
     posterior,
     solve,
+    turn,
     whiten,
-    whiten_with_basis,
 )
 from tsdiff.bundle import Bundle
 from tsdiff.config import ModelConfig
@@ -68,25 +69,30 @@ class NetworkFn(Protocol):
         ...
 
 
-class Forecaster(NamedTuple):
-    """The anchor of the slots that stay visible when the last ones are hidden.
+class Whitenings(NamedTuple):
+    """An anchor as it is read: at no noise, at the reading's noise level, and looking ahead.
 
-    `head` is the anchor of all but the last `hidden` slots, `ahead` (C, K) the loadings of the
-    hidden cells in its basis, `mean`, `noise` (C,) theirs.
+    `clean` is at no noise, `products` its `anchor.gram`; `to_noisy` and `to_head` (K, K) turn its
+    loadings to those of the reading's noise level, and of the slots that stay visible when the last
+    ones are hidden.
     """
 
-    head: Whitened
-    ahead: Float[Array, "C K"]
-    mean: Float[Array, " C"]
-    noise: Float[Array, " C"]
-
-
-class Whitenings(NamedTuple):
-    """An anchor as it is read: at the reading's noise level, at none, and looking ahead."""
-
-    noisy: Whitened
     clean: Whitened
-    forecaster: Forecaster
+    products: Float[Array, "h h D"]
+    to_noisy: Float[Array, "K K"]
+    to_head: Float[Array, "K K"]
+
+    def noisy(self, sigma: float) -> Whitened:
+        """Return the anchor at noise level `sigma`, which is the one it was made for."""
+        scale = jnp.sqrt(self.clean.scale**2 + sigma**2)
+        weight = self.clean.scale / scale
+        return self.clean._replace(scale=scale, weight=weight, turn=self.to_noisy)
+
+    def head(self, channels: int, hidden: int) -> Whitened:
+        """Return the anchor of all but the last slots, whose cells say nothing."""
+        cells = self.clean.mean.shape[0]
+        visible = jnp.arange(cells) < cells - hidden * channels
+        return self.clean._replace(weight=visible.astype(jnp.float32), turn=self.to_head)
 
 
 class Model(NamedTuple):
@@ -100,17 +106,13 @@ def whitenings(
     mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, config: ModelConfig
 ) -> Whitenings:
     """Prepare one anchor (N,), (N, K), (N,) for serving."""
+    clean = whiten(mean, loadings, noise, 0.0)
     visible = len(mean) * (config.window - config.hidden) // config.window
-    head, basis = whiten_with_basis(mean[:visible], loadings[:visible], noise[:visible], sigma=0.0)
     return Whitenings(
-        noisy=whiten(mean, loadings, noise, config.sigma),
-        clean=whiten(mean, loadings, noise, 0.0),
-        forecaster=Forecaster(
-            head,
-            jnp.asarray(loadings[visible:] @ basis, jnp.float32),
-            jnp.asarray(mean[visible:], jnp.float32),
-            jnp.asarray(noise[visible:], jnp.float32),
-        ),
+        clean,
+        gram(clean.loadings, len(mean) // config.window, config.hidden),
+        to_noisy=turn(loadings, noise, config.sigma),
+        to_head=turn(loadings, noise, visible=visible),
     )
 
 
@@ -182,7 +184,7 @@ def read_spans(
     `missing` as in `anchor.solve`. Every field comes back as (E, T, ...). With one anchor for all,
     the windows of all entities are one batch; else each entity's are read by its own anchor.
     """
-    count = model.anchors.noisy.mean.shape[0]
+    count = model.anchors.clean.mean.shape[0]
     if count == 1:
         shared = jax.tree.map(lambda part: part[0], model.anchors)
         return _read(shared, model.params, z, rows, reader, missing)
@@ -215,10 +217,10 @@ def _read(
         window = gather(z, of, stop - config.window, config.window)
         observed = jnp.isfinite(window)
         x = jnp.where(observed, window, 0.0)
-        forecast = _forecast(anchor.forecaster, x, observed, config, missing)
-        imputed = _impute(anchor.clean, params, x, observed, rows[of], reader, missing)
+        forecast = _forecast(anchor, x, observed, config, missing)
+        imputed = _impute(anchor, params, x, observed, rows[of], reader, missing)
         return scorers.read(
-            anchor.noisy,
+            anchor.noisy(config.sigma),
             x,
             observed,
             forecast,
@@ -240,7 +242,7 @@ def _read(
 
 
 def _forecast(
-    forecaster: Forecaster,
+    anchor: Whitenings,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
     config: ModelConfig,
@@ -248,20 +250,17 @@ def _forecast(
 ) -> Told:
     """What the window says of the last slot with the last slots hidden, sigma to infinity."""
     batch, _, channels = x.shape
-    head = solve(
-        forecaster.head,
-        x[:, : -config.hidden].reshape(batch, -1),
-        observed[:, : -config.hidden].reshape(batch, -1),
-        missing=missing,
-    )
-    ahead = forecaster.ahead[-channels:]
-    mean = forecaster.mean[-channels:] + head.latent @ ahead.T
-    s = jnp.sqrt(forecaster.noise[-channels:] + latent_variance(head, ahead))
-    return Told(mean, jnp.broadcast_to(s, mean.shape))
+    flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
+    head = solve(anchor.head(channels, config.hidden), flat, seen, missing=missing)
+    ahead = anchor.clean.last(channels) @ anchor.to_head
+    mean, scale = anchor.clean.mean[-channels:], anchor.clean.scale[-channels:]
+    told = mean + scale * (head.latent @ ahead.T)
+    s = scale * jnp.sqrt(1.0 + latent_variance(head, ahead))
+    return Told(told, jnp.broadcast_to(s, told.shape))
 
 
 def _impute(
-    clean: Whitened,
+    anchor: Whitenings,
     params: Mapping[str, Array] | None,
     x: Float[Array, "B L D"],
     observed: Bool[Array, "B L D"],
@@ -270,13 +269,12 @@ def _impute(
     missing: int | None,
 ) -> Told:
     """What the window says of each channel's last cell with that channel's last cells hidden."""
-    batch, _, channels = x.shape
-    flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
-    solved = solve(clean, flat, seen, missing=missing)
-    masked = masked_reading(clean, solved, seen, channels, reader.config.hidden)
+    flat, seen = x.reshape(len(x), -1), observed.reshape(len(x), -1)
+    solved = solve(anchor.clean, flat, seen, missing=missing)
+    masked = masked_reading(anchor.clean, anchor.products, solved, seen)
     if reader.network is None or params is None:
         return Told(masked.expected, masked.sd)
-    mean = clean.mean.reshape(x.shape[1:])
+    mean = anchor.clean.mean.reshape(x.shape[1:])
     about = masked.hidden - mean[-reader.config.hidden :].T
     residual, log_variance = reader.network.each(params, x - mean, about, observed, rows)
     return Told(

@@ -103,7 +103,7 @@ def _reconstruction(
     In whitened units x - D = sigma^2 v^-1/2 e and s^2 = sigma^2 / v (noise + sigma^2 g), with e
     the residual, v = noise + sigma^2 and g the cell's variance through the latent variables.
     """
-    rows = noisy.loadings[-channels:]
+    rows = noisy.last(channels)
     seen = observed[:, -channels:]
     residual = solved.residual[:, -channels:] - solved.latent @ rows.T
     through_latent = anchor.latent_variance(solved, rows)

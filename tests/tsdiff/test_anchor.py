@@ -7,6 +7,7 @@ import pytest
 from tsdiff.anchor import (
     Anchor,
     fit_anchor,
+    gram,
     latent_variance,
     mahalanobis,
     masked_reading,
@@ -15,7 +16,9 @@ from tsdiff.anchor import (
     solve,
     whiten,
 )
+from tsdiff.config import ModelConfig
 from tsdiff.linalg import invert
+from tsdiff.reading import whitenings
 
 LENGTH, CHANNELS, RANK, HIDDEN = 6, 5, 7, 3
 CELLS = LENGTH * CHANNELS
@@ -151,6 +154,34 @@ def test_every_way_of_solving_agrees(missing_cells: int) -> None:
             np.testing.assert_allclose(spread[number], direct, rtol=5e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("windows", [1, 40])
+@pytest.mark.parametrize("reading", ["noisy", "head"])
+def test_further_readings_share_the_loadings_of_the_first(reading: str, windows: int) -> None:
+    mean, loadings, noise = random_anchor()
+    visible = CELLS - HIDDEN * CHANNELS
+    config = ModelConfig(window=LENGTH, rank=RANK, sigma=0.5, hidden=HIDDEN)
+    anchors = whitenings(mean, loadings, noise, config)
+    seen = visible if reading == "head" else CELLS
+    sigma = 0.0 if reading == "head" else 0.5
+    found = anchors.head(CHANNELS, HIDDEN) if reading == "head" else anchors.noisy(sigma)
+    alone = whiten(mean[:seen], loadings[:seen], noise[:seen], sigma)
+    own = np.zeros((CELLS, RANK))
+    own[:seen] = alone.loadings
+
+    rng = np.random.default_rng(7)
+    residual = rng.normal(size=(windows, CELLS))
+    observed = rng.random((windows, CELLS)) < 0.8
+    index = rng.integers(0, CELLS, (windows, 3))
+    lost = np.einsum("bn,nk,nl->bkl", ~observed, own, own)
+    np.testing.assert_allclose(found.scale[:seen], alone.scale, rtol=1e-6)
+    np.testing.assert_allclose(found.last(CELLS), own, atol=1e-5)
+    np.testing.assert_allclose(found.of(jnp.asarray(index)), own[index], atol=1e-5)
+    np.testing.assert_allclose(
+        found.project(jnp.asarray(residual, jnp.float32)), residual @ own, atol=1e-4
+    )
+    np.testing.assert_allclose(found.lost(jnp.asarray(observed)), lost, atol=1e-5)
+
+
 SLOT = tuple((LENGTH - 1, channel) for channel in range(CHANNELS))
 
 
@@ -177,9 +208,8 @@ def test_masked_reading_hides_each_channels_own_last_cells(
             jnp.asarray(observed.reshape(1, -1)),
             missing=way,
         )
-        found = masked_reading(
-            whitened, solved, jnp.asarray(observed.reshape(1, -1)), CHANNELS, HIDDEN
-        )
+        products = gram(whitened.loadings, CHANNELS, HIDDEN)
+        found = masked_reading(whitened, products, solved, jnp.asarray(observed.reshape(1, -1)))
         for channel in range(CHANNELS):
             variance = np.where(observed, 0.0, np.inf)
             variance[-HIDDEN:, channel] = np.inf
