@@ -378,7 +378,7 @@ class InputSection(_Section):
             "heartbeat_interval_ms": max(1, self.session_timeout_ms // 3),
             "max_poll_records": self.max_poll_records,
             # Below the broker's own limit this would only make small fetches.
-            "max_partition_fetch_bytes": max(_MIB, self.max_message_bytes),
+            "max_partition_fetch_bytes": max(4 * _MIB, self.max_message_bytes),
             # Never behind our back: the source says where to begin, and counts what is gone.
             "auto_offset_reset": "none",
             "enable_auto_commit": False,

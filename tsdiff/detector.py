@@ -147,24 +147,6 @@ def detect_spans(
     )
 
 
-def _plan(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut `total` into pieces (start, length, padded size) of the given sizes.
-
-    Rounds up rather than make more than four calls: padding is cheap, calls are not.
-    """
-    start = 0
-    while start < total:
-        left = total - start
-        fitting = [size for size in sizes if size <= left]
-        larger = [size for size in sizes if size > left]
-        size = max(fitting, default=0)
-        if larger and left > 4 * size:
-            size = min(larger)
-        length = min(size, left)
-        yield start, length, size
-        start += length
-
-
 class Detector:
     """Scores spans of slots for many entities at once.
 
@@ -202,10 +184,7 @@ class Detector:
         self.window = self._config.window
         self.history = self._config.smoothing - 1 + lag
         self.compilations = 0
-        self._batches = {
-            span: tuple(sorted(batch for batch, of in shapes if of == span))
-            for span in sorted({span for _, span in shapes})
-        }
+        self._batches = {span: batch for batch, span in shapes}
         self.longest_span = max(self._batches)
         self._rows = {entity: row for row, entity in enumerate(bundle.entities)}
         try:
@@ -239,6 +218,7 @@ class Detector:
             ) from error
         self.streams = int(self._tables.calibration.neutral.shape[1])
         self._jitted = jax.jit(self._trace, static_argnames=("missing",))
+        self._threads = ThreadPoolExecutor(os.cpu_count(), "tsdiff-detect")
         self._executables: dict[tuple[int, int, int | None], Callable[..., Traced]] = {}
 
     def _trace(
@@ -290,15 +270,11 @@ class Detector:
     def warm_up(self) -> None:
         """Compile every shape, so that no later call has to."""
         keys = [
-            (batch, span, missing)
-            for span, batches in self._batches.items()
-            for batch in batches
-            for missing in _MISSING
+            (batch, span, missing) for span, batch in self._batches.items() for missing in _MISSING
         ]
         # XLA compiles one module on one core and lets go of the interpreter meanwhile.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in pool.map(self._executable, keys):
-                pass
+        for _ in self._threads.map(self._executable, keys):
+            pass
 
     def _executable(self, key: tuple[int, int, int | None]) -> Callable[..., Traced]:
         """The compiled function for (batch, span, most missing cells)."""
@@ -318,21 +294,6 @@ class Detector:
             ).compile()
             self._executables[key] = found
         return found
-
-    def _call(
-        self,
-        values: FloatArray,
-        mean: FloatArray,
-        scale: FloatArray,
-        rows: IntArray,
-        history: FloatArray,
-        *,
-        missing: int | None,
-    ) -> Detection:
-        span = values.shape[1] - self.window + 1 - self.lag
-        call = self._executable((len(values), span, missing))
-        found = call(self._model, self._tables, values, mean, scale, rows, history)
-        return Detection(*(np.asarray(part) for part in found))
 
     def detect(
         self,
@@ -366,31 +327,73 @@ class Detector:
         entities, span = len(values), values.shape[1] - self.window + 1 - self.lag
         result = self._empty(entities, span)
         history = np.array(history, np.float32)
-        for start, length, size in _plan(span, tuple(self._batches)):
+        for start, length, size in self._plan(entities, span):
             piece = values[:, start : start + self.window - 1 + length + self.lag]
             most = self._most_missing(piece, lengths - start)
             kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
-            alive = lengths > start
-            for number, missing in enumerate(_MISSING):
-                chosen = np.flatnonzero(alive & (kind == number))
-                for begin, count, padded in _plan(len(chosen), self._batches[size]):
-                    index = chosen[begin : begin + count]
-                    found = self._call(
-                        _pad(piece[index], padded, size - length),
-                        _pad(mean[index], padded, fill=0.0),
-                        _pad(scale[index], padded, fill=1.0),
-                        _pad(rows[index], padded, fill=-1),
-                        _pad(history[index], padded),
-                        missing=missing,
-                    )
-                    for whole, part in zip(result, found, strict=True):
-                        whole[index, start : start + length] = part[:count, :length]
+            kind[lengths <= start] = -1
+            into = Detection(*(whole[:, start : start + length] for whole in result))
+            score = partial(self._score, (piece, mean, scale, rows, history), into, size)
+            # Together they keep all cores at work, with laying out as well as with computing.
+            for _ in self._threads.map(score, *zip(*self._batched(kind, size), strict=True)):
+                pass
             recent = np.concatenate([history, result.streams[:, start : start + length]], 1)
             history = recent[:, length:]
         beyond = np.arange(span) >= lengths[:, None]
         for whole in result:
             whole[beyond] = np.nan
         return result
+
+    def _batched(
+        self, kind: NDArray[np.int64], size: int
+    ) -> Iterator[tuple[NDArray[np.intp], Callable[..., Traced]]]:
+        """Entities that share a call, and the compiled function for it.
+
+        `kind` (E,) is which of `_MISSING` each is to be read as, -1 = not at all.
+        """
+        batch = self._batches[size]
+        for number, missing in enumerate(_MISSING):
+            chosen = np.flatnonzero(kind == number)
+            for begin in range(0, len(chosen), batch):
+                call = self._executable((batch, size, missing))
+                yield chosen[begin : begin + batch], call
+
+    def _score(
+        self,
+        arguments: tuple[FloatArray, FloatArray, FloatArray, IntArray, FloatArray],
+        into: Detection,
+        size: int,
+        index: NDArray[np.intp],
+        call: Callable[..., Traced],
+    ) -> None:
+        """Call the compiled function for the entities `index`; put what it finds into place."""
+        values, mean, scale, rows, history = (part[index] for part in arguments)
+        batch, length = self._batches[size], into.evidence.shape[1]
+        found = call(
+            self._model,
+            self._tables,
+            _pad(values, batch, size - length),
+            _pad(mean, batch, fill=0.0),
+            _pad(scale, batch, fill=1.0),
+            _pad(rows, batch, fill=-1),
+            _pad(history, batch),
+        )
+        for whole, part in zip(into, found, strict=True):
+            whole[index] = np.asarray(part)[: len(index), :length]
+
+    def _plan(self, entities: int, span: int) -> Iterator[tuple[int, int, int]]:
+        """Cut a span into pieces (start, length, padded size) that take the fewest windows."""
+        start = 0
+        while start < span:
+            left = span - start
+
+            def windows_a_slot(size: int, left: int = left) -> float:
+                batches = -(-entities // self._batches[size])
+                return batches * self._batches[size] * size / min(size, left)
+
+            size = min(self._batches, key=windows_a_slot)
+            yield start, min(size, left), size
+            start += size
 
     def _most_missing(self, values: FloatArray, lengths: IntArray) -> NDArray[np.int64]:
         """Most missing cells in any anchor window of each entity's span, (E,)."""
