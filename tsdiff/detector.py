@@ -7,7 +7,7 @@ missing cells); whatever comes in is cut and padded to these, so the steady stat
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, NamedTuple, TypeVar, get_args
@@ -145,6 +145,27 @@ def detect_spans(
         contribution=_contributions(read.surprise, observed),
         imputed_ratio=1.0 - observed.mean(-1),
     )
+
+
+def cut_span(
+    entities: int, slots: int, batches: Mapping[int, int]
+) -> Iterator[tuple[int, int, int]]:
+    """Cut a span of so many entities into pieces (start, length, padded length).
+
+    `batches` are the lengths that are compiled for, and how many entities each takes at a time.
+    Every piece is the one that takes the fewest windows, padding included, for a slot.
+    """
+    start = 0
+    while start < slots:
+        left = slots - start
+
+        def windows_per_slot(length: int, left: int = left) -> float:
+            calls = -(-entities // batches[length])
+            return calls * batches[length] * length / min(length, left)
+
+        padded = min(batches, key=windows_per_slot)
+        yield start, min(padded, left), padded
+        start += padded
 
 
 class Detector:
@@ -327,7 +348,7 @@ class Detector:
         entities, span = len(values), values.shape[1] - self.window + 1 - self.lag
         result = self._empty(entities, span)
         history = np.array(history, np.float32)
-        for start, length, size in self._plan(entities, span):
+        for start, length, size in cut_span(entities, span, self._batches):
             piece = values[:, start : start + self.window - 1 + length + self.lag]
             most = self._most_missing(piece, lengths - start)
             kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
@@ -380,20 +401,6 @@ class Detector:
         )
         for whole, part in zip(into, found, strict=True):
             whole[index] = np.asarray(part)[: len(index), :length]
-
-    def _plan(self, entities: int, span: int) -> Iterator[tuple[int, int, int]]:
-        """Cut a span into pieces (start, length, padded size) that take the fewest windows."""
-        start = 0
-        while start < span:
-            left = span - start
-
-            def windows_a_slot(size: int, left: int = left) -> float:
-                batches = -(-entities // self._batches[size])
-                return batches * self._batches[size] * size / min(size, left)
-
-            size = min(self._batches, key=windows_a_slot)
-            yield start, min(size, left), size
-            start += size
 
     def _most_missing(self, values: FloatArray, lengths: IntArray) -> NDArray[np.int64]:
         """Most missing cells in any anchor window of each entity's span, (E,)."""

@@ -7,7 +7,7 @@ import pytest
 
 from tests.train.simulated import CHANNELS, anchor_bundle, network_bundle, simulate
 from tsdiff.bundle import Bundle
-from tsdiff.detector import Detection, Detector
+from tsdiff.detector import Detection, Detector, cut_span
 
 SPAN = 24
 
@@ -80,6 +80,24 @@ def test_warm_up_compiles_everything(detector: Detector) -> None:
             call["lengths"] = rng.integers(0, span + 1, entities).astype(np.int32)
             detector.detect(**call)
     assert detector.compilations == compiled
+
+
+@pytest.mark.parametrize(
+    ("entities", "slots", "pieces"),
+    [
+        (1, 1, [(0, 1, 1)]),
+        (1, 5, [(0, 5, 16)]),
+        (8, 5, [(0, 5, 16)]),
+        (1000, 5, [(slot, 1, 1) for slot in range(5)]),
+        (1000, 16, [(0, 16, 16)]),
+        (100, 34, [(0, 16, 16), (16, 16, 16), (32, 1, 1), (33, 1, 1)]),
+    ],
+)
+def test_spans_are_cut_so_that_little_is_padded(
+    entities: int, slots: int, pieces: list[tuple[int, int, int]]
+) -> None:
+    """64 entities of one slot, or 4 of 16, are one call, and cost the same."""
+    assert list(cut_span(entities, slots, {1: 64, 16: 4})) == pieces
 
 
 def test_no_entities(detector: Detector) -> None:
