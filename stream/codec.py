@@ -14,7 +14,7 @@ from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.decide import AlertState
 from stream.formats.base import Decoded
 from stream.learning import Learned
-from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
+from stream.records import STATES, AlertEvent, DeadLetter, SlotScore
 from tsdiff.runs import Runs
 
 REASONS: Final = (
@@ -84,19 +84,6 @@ def rfc3339(timestamp_ms: int) -> str:
     return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
-def _channels(channels: dict[str, ChannelScore]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {
-            "observed": c.observed,
-            "expected": c.expected,
-            "lower": c.lower,
-            "upper": c.upper,
-            "contribution": c.contribution,
-        }
-        for name, c in channels.items()
-    }
-
-
 def encode_score(score: SlotScore) -> bytes:
     """One record of the scores topic."""
     return _encoder.encode(
@@ -109,7 +96,7 @@ def encode_score(score: SlotScore) -> bytes:
             "imputed_ratio": score.imputed_ratio,
             "model": score.model,
             "faulty": score.faulty,
-            "channels": _channels(score.channels),
+            "channels": score.channels,
         }
     )
 
@@ -127,7 +114,7 @@ def encode_alert(alert: AlertEvent) -> bytes:
             "summary": alert.summary,
             "model": alert.model,
             "faulty": alert.faulty,
-            "channels": _channels(alert.channels),
+            "channels": alert.channels,
         }
     )
 

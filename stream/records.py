@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,8 +68,11 @@ class ReadingBatch:
     """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
 
 
-class ChannelScore(NamedTuple):
-    """One channel of one scored slot, in the channel's own units; `None` = no reading."""
+class ChannelScore(msgspec.Struct, frozen=True, gc=False):
+    """One channel of one scored slot, in the channel's own units; `None` = no reading.
+
+    There are some of these for every score, and they are written as they are.
+    """
 
     observed: float | None
     expected: float | None

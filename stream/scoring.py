@@ -339,23 +339,31 @@ def _far_enough(
 
 
 class _ChannelTable:
-    """Per-channel results of a closing, converted to Python numbers a slot at a time."""
+    """Per-channel results of a closing as Python numbers: of the guiltiest channels, or of all."""
 
     def __init__(self, closing: Closing, scored: _Scored, names: tuple[str, ...], top: int) -> None:
         self._names = names
         contribution = np.nan_to_num(scored.contribution)
-        self._top = top
         # Largest first; ties by position, so that equal data gives equal records.
-        self._ranked = np.argsort(-contribution, axis=2, kind="stable").tolist()
+        self._ranked = np.argsort(-contribution, axis=2, kind="stable")
         self._columns = np.stack(
             [closing.values, scored.expected, scored.lower, scored.upper, contribution], axis=3
         )
+        # Most records have these only: made at once, and no more of them.
+        first = self._ranked[:, :, :top]
+        self._first: list[list[list[int]]] = first.tolist()
+        self._cells: list[list[list[list[float]]]] = np.take_along_axis(
+            self._columns, first[..., None], axis=2
+        ).tolist()
 
     def pick(self, i: int, t: int, *, everything: bool) -> dict[str, ChannelScore]:
         """The channels of one record, the guiltiest first; the top ones, or all."""
-        chosen = self._ranked[i][t] if everything else self._ranked[i][t][: self._top]
-        cells: list[list[float]] = self._columns[i, t].tolist()
-        return {self._names[c]: _channel_score(*cells[c]) for c in chosen}
+        chosen, cells = self._first[i][t], self._cells[i][t]
+        if everything:
+            ranked = self._ranked[i, t]
+            chosen, cells = ranked.tolist(), self._columns[i, t, ranked].tolist()
+        names = self._names
+        return {names[c]: _channel_score(*row) for c, row in zip(chosen, cells, strict=True)}
 
 
 def _channel_score(

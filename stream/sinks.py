@@ -23,6 +23,7 @@ from kafka.errors import (
 )
 from kafka.partitioner.default import murmur2
 from kafka.structs import OffsetAndMetadata, TopicPartition
+from msgspec.structs import asdict
 
 from stream.buffer import EntitySnapshot
 from stream.clients import abandon, connect, within
@@ -301,7 +302,7 @@ class ParquetSink:
             columns["imputed_ratio"].append(score.imputed_ratio)
             columns["model"].append(score.model)
             columns["faulty"].append(list(score.faulty.items()))
-            columns["channels"].append([(n, c._asdict()) for n, c in score.channels.items()])
+            columns["channels"].append([(n, asdict(c)) for n, c in score.channels.items()])
         self._writer.write_table(pa.table(columns, schema=SCORES_SCHEMA))
 
     def reset(self) -> None:

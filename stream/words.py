@@ -126,7 +126,8 @@ def _event(
 
 def _deviation(name: str, cell: ChannelScore) -> Deviation:
     # Only a channel without any reading has no numbers beside it; it is told as silent.
-    expected, lower, upper = (x if x is not None else 0.0 for x in cell[1:4])
+    told = (cell.expected, cell.lower, cell.upper)
+    expected, lower, upper = (0.0 if x is None else x for x in told)
     return Deviation(name, cell.observed, expected, lower, upper, cell.contribution)
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
+from msgspec.structs import asdict
 
 from stream.buffer import EntitySnapshot, ReplayPoint
 from stream.codec import (
@@ -352,7 +353,7 @@ def test_a_score_as_a_record() -> None:
         "imputed_ratio": 0.5,
         "model": "m@0",
         "faulty": {"a": "stuck"},
-        "channels": {"cpu": CHANNEL._asdict(), "a": CHANNEL._asdict()},
+        "channels": {"cpu": asdict(CHANNEL), "a": asdict(CHANNEL)},
     }
 
 
@@ -391,7 +392,7 @@ def test_an_alert_as_a_record() -> None:
         "summary": "cpu",
         "model": "m@0",
         "faulty": {},
-        "channels": {"cpu": CHANNEL._asdict()},
+        "channels": {"cpu": asdict(CHANNEL)},
     }
 
 
