@@ -144,6 +144,8 @@ class Whitened(NamedTuple):
     missing cells are a small correction of I, so float32 is good enough, and a complete window
     gives the same numbers by every way of solving.
 
+    `basis` = R^-T takes the latent variables back to those that are N(0, I).
+
     A further level of the same anchor shares the `loadings` of the first, the largest part by far:
     its own are `weight` times these times `turn` (None: as they are), see `turn`.
     """
@@ -151,6 +153,7 @@ class Whitened(NamedTuple):
     mean: Float[Array, " N"]
     scale: Float[Array, " N"]
     loadings: Float[Array, "N K"]
+    basis: Float[Array, "K K"]
     weight: Float[Array, " N"] | None = None
     turn: Float[Array, "K K"] | None = None
 
@@ -158,6 +161,15 @@ class Whitened(NamedTuple):
         """Sum whitened residuals along this level's loadings."""
         weighted = residual if self.weight is None else residual * self.weight
         return self._turned(weighted @ self.loadings)
+
+    def explained(self, latent: Float[Array, "B K"]) -> Float[Array, "B N"]:
+        """Whitened residuals that these latent variables would leave."""
+        fitted = self._turned_back(latent) @ self.loadings.T
+        return fitted if self.weight is None else fitted * self.weight
+
+    def prior(self, latent: Float[Array, "B K"]) -> Float[Array, " B"]:
+        """Squared length of the latent variables where they are N(0, I)."""
+        return ((self._turned_back(latent) @ self.basis.T) ** 2).sum(-1)
 
     def last(self, cells: int) -> Float[Array, "C K"]:
         """Return this level's loadings of the last `cells`."""
@@ -182,17 +194,17 @@ class Whitened(NamedTuple):
     def _turned(self, rows: Float[Array, "*b K"]) -> Float[Array, "*b K"]:
         return rows if self.turn is None else rows @ self.turn
 
+    def _turned_back(self, latent: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        return latent if self.turn is None else latent @ self.turn.T
+
 
 def whiten(mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: float) -> Whitened:
     """Precompute (in float64) what serving needs of the anchor at noise level `sigma`."""
     v = noise.astype(np.float64) + sigma**2
     scaled = loadings.astype(np.float64) / np.sqrt(v)[:, None]
-    whitened = scaled @ np.linalg.inv(_precision_root(loadings, v)).T
-    return Whitened(
-        mean=jnp.asarray(mean, jnp.float32),
-        scale=jnp.asarray(np.sqrt(v), jnp.float32),
-        loadings=jnp.asarray(whitened, jnp.float32),
-    )
+    basis = np.linalg.inv(_precision_root(loadings, v)).T
+    parts = (mean, np.sqrt(v), scaled @ basis, basis)
+    return Whitened(*(jnp.asarray(part, jnp.float32) for part in parts))
 
 
 def turn(
@@ -323,10 +335,17 @@ def latent_variance(solved: Solved, rows: Float[Array, "C K"]) -> Float[Array, "
     return own if pair is None else own + (pair[0] * pair[1]).sum(-1)
 
 
-def mahalanobis(solved: Solved) -> Float[Array, " B"]:
-    """(x - mean)' Cov^-1 (x - mean) over the observed cells."""
-    quadratic = (solved.residual**2).sum(-1) - (solved.projection * solved.latent).sum(-1)
-    return jnp.maximum(quadratic, 0.0)
+def mahalanobis(
+    whitened: Whitened, solved: Solved, observed: Bool[Array, "B N"]
+) -> Float[Array, " B"]:
+    """(x - mean)' Cov^-1 (x - mean) over the observed cells.
+
+    As what the latent variables leave unexplained and how unlikely they are themselves. Both are
+    squares: where wild readings explain one another, |residual|^2 less what is explained would be
+    a small difference of large numbers.
+    """
+    left = jnp.where(observed, solved.residual - whitened.explained(solved.latent), 0.0)
+    return (left**2).sum(-1) + whitened.prior(solved.latent)
 
 
 def negative_log_likelihood(

@@ -77,7 +77,7 @@ def read(
     surprise = jnp.sqrt(unexplained * ahead**2 + (1.0 - unexplained) * aside**2)
     streams = (
         _reconstruction(noisy, solved, channels, sigma, seen),
-        anchor.mahalanobis(solved) / jnp.maximum(seen.sum(-1), 1),
+        anchor.mahalanobis(noisy, solved, seen) / jnp.maximum(seen.sum(-1), 1),
         ahead.sum(-1) / count,
         aside.sum(-1) / count,
     )

@@ -139,7 +139,7 @@ def test_every_way_of_solving_agrees(missing_cells: int) -> None:
     mean, loadings, noise = parts
     for way in ways:
         solved = solve(whitened, jnp.asarray(x, jnp.float32), jnp.asarray(observed), missing=way)
-        distance = mahalanobis(solved)
+        distance = mahalanobis(whitened, solved, jnp.asarray(observed))
         spread = jnp.broadcast_to(latent_variance(solved, rows), (4, CHANNELS))
         for number in range(4):
             o = observed[number]
@@ -180,6 +180,21 @@ def test_further_readings_share_the_loadings_of_the_first(reading: str, windows:
         found.project(jnp.asarray(residual, jnp.float32)), residual @ own, atol=1e-4
     )
     np.testing.assert_allclose(found.lost(jnp.asarray(observed)), lost, atol=1e-5)
+
+
+def test_distance_of_wild_readings_that_explain_one_another() -> None:
+    """Far along the loadings, close to them: the distance is a small part of the residuals."""
+    mean, loadings, noise = random_anchor()
+    rng = np.random.default_rng(8)
+    x = mean + 300.0 * (loadings @ rng.normal(size=(RANK, 3))).T + rng.normal(size=(3, CELLS))
+    x = x.astype(np.float32)
+    anchors = whitenings(mean, loadings, noise, ModelConfig(window=LENGTH, rank=RANK, sigma=0.5))
+    observed = jnp.ones(x.shape, bool)
+    solved = solve(anchors.noisy(0.5), jnp.asarray(x), observed, missing=0)
+    found = mahalanobis(anchors.noisy(0.5), solved, observed)
+    covariance = loadings @ loadings.T + np.diag(noise + 0.25)
+    direct = [y @ np.linalg.solve(covariance, y) for y in x.astype(np.float64) - mean]
+    np.testing.assert_allclose(found, direct, rtol=2e-6)
 
 
 SLOT = tuple((LENGTH - 1, channel) for channel in range(CHANNELS))
