@@ -169,7 +169,8 @@ class Whitened(NamedTuple):
 
     def prior(self, latent: Float[Array, "B K"]) -> Float[Array, " B"]:
         """Squared length of the latent variables where they are N(0, I)."""
-        return ((self._turned_back(latent) @ self.basis.T) ** 2).sum(-1)
+        plain = self._turned_back(latent) @ self.basis.T
+        return jnp.einsum("bk,bk->b", plain, plain)
 
     def last(self, cells: int) -> Float[Array, "C K"]:
         """Return this level's loadings of the last `cells`."""
@@ -345,7 +346,7 @@ def mahalanobis(
     a small difference of large numbers.
     """
     left = jnp.where(observed, solved.residual - whitened.explained(solved.latent), 0.0)
-    return (left**2).sum(-1) + whitened.prior(solved.latent)
+    return jnp.einsum("bn,bn->b", left, left) + whitened.prior(solved.latent)
 
 
 def negative_log_likelihood(
