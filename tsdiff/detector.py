@@ -159,11 +159,13 @@ def cut_span(
     while start < slots:
         left = slots - start
 
-        def windows_per_slot(length: int, left: int = left) -> float:
+        def cost(length: int, left: int = left) -> tuple[float, int, int]:
             calls = -(-entities // batches[length])
-            return calls * batches[length] * length / min(length, left)
+            windows = calls * batches[length] * length / min(length, left)
+            # Of equals the longer one, if it is full: an entity's slots share its anchor.
+            return windows, max(length - left, 0), -length
 
-        padded = min(batches, key=windows_per_slot)
+        padded = min(batches, key=cost)
         yield start, min(padded, left), padded
         start += padded
 

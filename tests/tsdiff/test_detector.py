@@ -90,6 +90,7 @@ def test_warm_up_compiles_everything(detector: Detector) -> None:
         (8, 5, [(0, 5, 16)]),
         (1000, 5, [(slot, 1, 1) for slot in range(5)]),
         (1000, 16, [(0, 16, 16)]),
+        (64, 16, [(0, 16, 16)]),
         (100, 34, [(0, 16, 16), (16, 16, 16), (32, 1, 1), (33, 1, 1)]),
     ],
 )
