@@ -217,8 +217,11 @@ class HistorySource:
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Writes down what the group decided; it is called on kafka-python's own thread."""
 
-    def __init__(self, events: deque[tuple[str, list[TopicPartition]]]) -> None:
+    def __init__(
+        self, events: deque[tuple[str, list[TopicPartition]]], assignor: CooperativeStickyAssignor
+    ) -> None:
         self._events = events
+        self._assignor = assignor
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         self._events.append(("revoked", list(revoked)))
@@ -228,6 +231,31 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         self._events.append(("revoked", list(lost)))
+        # kafka-python 3.0.12 would join again as their owner, and know of none. Where the group
+        # waits for it to give them to another member, it would never do so (KIP-429).
+        self._assignor.member_assignment = None
+
+
+def _join_once(coordinator: Any) -> None:  # noqa: ANN401 - kafka-python is untyped
+    """Have a join count that ends between two polls.
+
+    kafka-python 3.0.12 throws its outcome away and joins again, and so must the whole group: with
+    two members that are slow to poll, again and again.
+    """
+    join = coordinator._do_join_and_sync_async
+    ended: tuple[Any, bytes] | None = None
+
+    async def join_once() -> bytes:
+        nonlocal ended
+        unclaimed, ended = ended, None
+        waiting = coordinator.state is MemberState.REBALANCING
+        if unclaimed and waiting and unclaimed[0] is coordinator._generation:
+            return unclaimed[1]
+        assignment: bytes = await join()
+        ended = coordinator._generation, assignment
+        return assignment
+
+    coordinator._do_join_and_sync_async = join_once
 
 
 class KafkaSource:
@@ -260,18 +288,20 @@ class KafkaSource:
         self._rewind = False
         self._stalls = StallWatch(config.input.stall_after_ms / 1000)
         self._idle_since = time.monotonic()
+        assignor = CooperativeStickyAssignor()
         try:
             self._consumer = connect(
                 KafkaConsumer,
                 **config.input.consumer_kwargs(),
-                partition_assignment_strategy=[CooperativeStickyAssignor],
+                partition_assignment_strategy=[assignor],
                 **self._options,
             )
         except KafkaConfigurationError as error:
             raise StreamError(f"kafka-python refuses the settings of input: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"no consumer: {error!r}") from error
-        self._consumer.subscribe([config.input.topic], listener=_Listener(self._events))
+        _join_once(self._consumer._coordinator)
+        self._consumer.subscribe([config.input.topic], listener=_Listener(self._events, assignor))
 
     @property
     def consumer(self) -> KafkaConsumer:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -291,6 +292,15 @@ def test_json_is_the_last_line_whatever_else_is_said() -> None:
     assert "a free port is taken instead" in answer.stderr
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """What is started inherits nothing of a shell that put us into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_demo_without_a_traceback() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tsdiff.cli", "demo", "--listen", ""],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.consumer.group import ConsumerGroupMetadata
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaTimeoutError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 from prometheus_client import CollectorRegistry
@@ -453,6 +454,59 @@ def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) ->
     bench.send(range(81, 91))
     live.score(10)
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
+
+
+def test_a_join_that_ends_between_two_polls_is_not_repeated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = bench.second_life()
+    coordinator = live.source.consumer._coordinator
+    before = coordinator._generation.generation_id
+    coordinator.request_rejoin()
+    with monkeypatch.context() as patch:
+        patch.setattr("stream.sources.POLL_MS", 0)
+        live.service.step()
+    deadline = time.monotonic() + 20
+    while not coordinator._join_task.is_done and time.monotonic() < deadline:
+        time.sleep(0.05)
+    live.until(coordinator.stable)
+    assert coordinator._generation.generation_id == before + 1
+    bench.send(range(71, 81))
+    live.score(10)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
+
+
+def test_who_was_thrown_out_does_not_keep_from_the_others_what_it_had(bench: Bench) -> None:
+    bench.admin.create_partitions({bench.topic: 3})
+    bench.admin.wait_for_topics([bench.topic])
+    live = bench.start()
+    live.until(lambda: len(live.source._positions) == 3)
+    # Holds the group's decision up until all have asked to join.
+    gate = KafkaConsumer(
+        bench.topic,
+        bootstrap_servers=bench.servers,
+        group_id=bench.config.input.group,
+        partition_assignment_strategy=[CooperativeStickyAssignor],
+        enable_auto_commit=False,
+    )
+    coordinator = live.source.consumer._coordinator
+
+    def shared() -> bool:
+        gate.poll(100)
+        both = len(live.source._positions) == 2 and len(gate.assignment()) == 1
+        return both and coordinator.stable()
+
+    live.until(shared)
+    coordinator.maybe_leave_group()
+    other = bench.start()
+    for _ in range(10):
+        live.service.step()
+        other.service.step()
+    other.until(
+        lambda: not gate.poll(100) and live.service.step() and bool(other.source._positions), 20
+    )
+    gate.close()
+    assert not live.source._positions.keys() & other.source._positions.keys()
 
 
 def test_a_namesake_that_rebuilds_its_windows_gives_way_at_its_first_failed_commit(
