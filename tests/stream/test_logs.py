@@ -38,3 +38,20 @@ def test_no_name_breaks_a_line(form: str, name: str, capfd: pytest.CaptureFixtur
     written = capfd.readouterr().err
     assert len(written.splitlines()) == written.count("\n") == 2
     assert all(line.isprintable() for line in written.splitlines())
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_line_is_written_with_its_end(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[str] = []
+
+    class Parts(io.StringIO):
+        def write(self, text: str) -> int:
+            parts.append(text)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Parts())
+    configure_logging("info", form)
+    structlog.get_logger("tsdiff").info("ours")
+    logging.getLogger("kafka").error("the library's")
+    assert len(parts) == 2
+    assert all(part.endswith("\n") for part in parts)
