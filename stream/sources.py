@@ -230,7 +230,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         self._events.append(("assigned", list(assigned)))
 
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        self._events.append(("revoked", list(lost)))
+        self.on_partitions_revoked(lost)
         # kafka-python 3.0.12 would join again as their owner, and know of none. Where the group
         # waits for it to give them to another member, it would never do so (KIP-429).
         self._assignor.member_assignment = None

@@ -37,7 +37,7 @@ from stream.stall import StallWatch
 from stream.topics import partition_count, prepare_topics
 from tests.conftest import MakeTopic
 from tests.stream.fakes import SCORING, FakeScorer
-from tests.stream.workers import Reader
+from tests.stream.workers import Reader, wait_until
 
 pytestmark = pytest.mark.timeout(120)
 SCORER = FakeScorer()
@@ -466,9 +466,7 @@ def test_a_join_that_ends_between_two_polls_is_not_repeated(
     with monkeypatch.context() as patch:
         patch.setattr("stream.sources.POLL_MS", 0)
         live.service.step()
-    deadline = time.monotonic() + 20
-    while not coordinator._join_task.is_done and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: coordinator._join_task.is_done, "the join has ended", 20)
     live.until(coordinator.stable)
     assert coordinator._generation.generation_id == before + 1
     bench.send(range(71, 81))
@@ -481,31 +479,31 @@ def test_who_was_thrown_out_does_not_keep_from_the_others_what_it_had(bench: Ben
     bench.admin.wait_for_topics([bench.topic])
     live = bench.start()
     live.until(lambda: len(live.source._positions) == 3)
+    coordinator = live.source.consumer._coordinator
     # Holds the group's decision up until all have asked to join.
-    gate = KafkaConsumer(
+    with KafkaConsumer(
         bench.topic,
         bootstrap_servers=bench.servers,
         group_id=bench.config.input.group,
         partition_assignment_strategy=[CooperativeStickyAssignor],
         enable_auto_commit=False,
-    )
-    coordinator = live.source.consumer._coordinator
+    ) as gate:
 
-    def shared() -> bool:
-        gate.poll(100)
-        both = len(live.source._positions) == 2 and len(gate.assignment()) == 1
-        return both and coordinator.stable()
+        def shared() -> bool:
+            gate.poll(100)
+            both = len(live.source._positions) == 2 and len(gate.assignment()) == 1
+            return both and coordinator.stable()
 
-    live.until(shared)
-    coordinator.maybe_leave_group()
-    other = bench.start()
-    for _ in range(10):
-        live.service.step()
-        other.service.step()
-    other.until(
-        lambda: not gate.poll(100) and live.service.step() and bool(other.source._positions), 20
-    )
-    gate.close()
+        live.until(shared)
+        coordinator.maybe_leave_group()
+        other = bench.start()
+        for _ in range(10):
+            live.service.step()
+            other.service.step()
+        other.until(
+            lambda: not gate.poll(100) and live.service.step() and bool(other.source._positions),
+            20,
+        )
     assert not live.source._positions.keys() & other.source._positions.keys()
 
 
