@@ -240,7 +240,8 @@ def _join_once(coordinator: Any) -> None:  # noqa: ANN401 - kafka-python is unty
     """Have a join count that ends between two polls.
 
     kafka-python 3.0.12 throws its outcome away and joins again, and so must the whole group: with
-    two members that are slow to poll, again and again.
+    two members that are slow to poll, again and again. Or, where it was new partitions that the
+    leader joined for, it takes the join for done, and is a member without heartbeats for ever.
     """
     join = coordinator._do_join_and_sync_async
     ended: tuple[Any, bytes] | None = None
@@ -253,6 +254,8 @@ def _join_once(coordinator: Any) -> None:  # noqa: ANN401 - kafka-python is unty
             return unclaimed[1]
         assignment: bytes = await join()
         ended = coordinator._generation, assignment
+        # Until somebody takes it; which takes this back as well.
+        coordinator.request_rejoin()
         return assignment
 
     coordinator._do_join_and_sync_async = join_once

@@ -456,13 +456,18 @@ def test_who_joins_again_unawares_goes_on_where_the_others_came(bench: Bench) ->
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 89), "ok"))
 
 
-def test_a_join_that_ends_between_two_polls_is_not_repeated(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("why", ["asked to", "partitions were added"])
+def test_a_join_that_ends_between_two_polls_counts_and_is_not_repeated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     live = bench.second_life()
     coordinator = live.source.consumer._coordinator
     before = coordinator._generation.generation_id
-    coordinator.request_rejoin()
+    if why == "asked to":
+        coordinator.request_rejoin()
+    else:
+        # As by a leader that knew of no partitions when it last shared them out.
+        coordinator._assignment_snapshot = {}
     with monkeypatch.context() as patch:
         patch.setattr("stream.sources.POLL_MS", 0)
         live.service.step()
