@@ -336,6 +336,7 @@ class Scorer(Protocol):
     def detect(  # noqa: D102
         self,
         values: NDArray[np.float32],
+        slots: NDArray[np.int64],
         lengths: NDArray[np.int32],
         mean: NDArray[np.float32],
         scale: NDArray[np.float32],
@@ -374,6 +375,7 @@ def workload(
         values[rng.random(values.shape) < 0.2] = np.nan
     return {
         "values": values.astype(np.float32),
+        "slots": np.tile(np.arange(width), (entities, 1)),
         "lengths": np.full(entities, slots, np.int32),
         "mean": np.tile(mean, (entities, 1)),
         "scale": np.tile(scale, (entities, 1)),
@@ -428,12 +430,12 @@ def learning_seconds_per_slot(scorer: Scorer) -> float:
         return 0.0
     one = workload(scorer, 1, adaptation.context + adaptation.block, "complete")
     calm = np.arange(adaptation.context + adaptation.block) >= adaptation.context
-    values, mean, scale = (one[name][0] for name in ("values", "mean", "scale"))
-    values = values[-len(calm) :]
+    values, times, mean, scale = (one[name][0] for name in ("values", "slots", "mean", "scale"))
+    values, times = values[-len(calm) :], times[-len(calm) :]
     single = workload(scorer, 1, 1, "complete")
 
     def learn() -> None:
-        state = adaptation.learn(0, None, values, calm, mean, scale)
+        state = adaptation.learn(0, None, values, times, calm, mean, scale)
         scorer.detect(**single, states=[state])
 
     more = timed(learn, 1.0) - timed(lambda: scorer.detect(**single), 1.0)

@@ -164,12 +164,16 @@ class EntitySnapshot:
 
 
 class Span(NamedTuple):
-    """G entities with up to T consecutive slots each, ready for `Detector.detect`."""
+    """G entities with up to T consecutive slots each, ready for `Detector.detect`.
+
+    `slots` (G, W - 1 + T + lag) number the rows of `values`.
+    """
 
     rows: Rows
     first_slot: int
     lengths: NDArray[np.int32]
     values: Float32
+    slots: NDArray[np.int64]
     mean: Float32
     scale: Float32
     model_rows: NDArray[np.int32]
@@ -696,6 +700,7 @@ class PartitionBuffer:
                 first_slot=begin,
                 lengths=lengths,
                 values=self._ring[group[:, None], slots % grid.ring],
+                slots=np.broadcast_to(slots, (len(group), len(slots))),
                 mean=self._mean[group],
                 scale=self._scale[group],
                 model_rows=self._model_row[group],
@@ -724,13 +729,15 @@ class PartitionBuffer:
         if pupil is None or not pupil.ends_block(slot):
             return
         newest = slot + grid.lag
-        at = np.arange(newest - grid.block - grid.context + 1, newest + 1) % grid.ring
+        slots = np.arange(newest - grid.block - grid.context + 1, newest + 1)
+        at = slots % grid.ring
         calm = self._calm[row, at]
         calm[: grid.context] = False
         state = pupil.learner.learn(
             int(self._model_row[row]),
             pupil.state,
             self._ring[row, at],
+            slots,
             calm,
             self._mean[row],
             self._scale[row],

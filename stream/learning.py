@@ -56,6 +56,7 @@ class Learner(Protocol):
         row: int,
         state: Float32 | None,
         values: Float32,
+        slots: NDArray[np.int64],
         calm: NDArray[np.bool_],
         mean: Float32,
         scale: Float32,

@@ -56,6 +56,7 @@ class Scorer(Profiles, Protocol):
     def detect(
         self,
         values: Float32,
+        slots: NDArray[np.int64],
         lengths: NDArray[np.int32],
         mean: Float32,
         scale: Float32,
@@ -194,6 +195,7 @@ def _detect(
         stacked = [span for _, span in group]
         detection = scorer.detect(
             np.concatenate([s.values for s in stacked]),
+            np.concatenate([s.slots for s in stacked]),
             np.concatenate([s.lengths for s in stacked]),
             np.concatenate([s.mean for s in stacked]),
             np.concatenate([s.scale for s in stacked]),

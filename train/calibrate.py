@@ -75,7 +75,8 @@ def read_held_out(
     """
     config = reader.config
     result = []
-    for row, (series, at) in enumerate(zip(dataset.series, dataset.split, strict=True)):
+    for row, at in enumerate(dataset.split):
+        series = dataset.as_unknown(row) if as_unknown else dataset.series[row]
         # The slots that the first smoothed values need are read as well, but not calibrated on.
         first = max(at - config.smoothing + 1, config.window - 1)
         pieces = []

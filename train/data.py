@@ -16,6 +16,7 @@ from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
 from tsdiff.normalize import Statistics, fit_statistics, normalize
 from tsdiff.runs import Counts, longest_runs
+from tsdiff.season import fit_season, harmonics, season
 from tsdiff.types import FloatArray
 from tsdiff.windows import to_grid
 
@@ -57,17 +58,28 @@ class HistoryLike(Protocol):
 class Dataset:
     """Series of all entities in normalised units (N_e, D) float32, NaN missing.
 
-    Rows before `split[e]` are for fitting, the rest are held out. `longest` (R+1, 2, D) are the
-    longest gaps and standstills of each entity, and in the last row of all.
+    Rows before `split[e]` are for fitting, the rest are held out. `season` (R+1, K, D) are the
+    weights of what the hour of day says (`tsdiff.season`), which `series` are without; the last row
+    is the mean of all. `longest` (R+1, 2, D) are the longest gaps and standstills of each entity,
+    and in the last row of all.
     """
 
     channels: tuple[str, ...]
     entities: tuple[str, ...]
     series: tuple[FloatArray, ...]
+    slots: tuple[NDArray[np.int64], ...]
+    period_ms: int
     split: tuple[int, ...]
     statistics: Statistics
+    season: FloatArray
     longest: Counts
     fingerprint: str
+
+    def as_unknown(self, row: int) -> FloatArray:
+        """The series of an entity as it would be read were it unknown: less the pooled season."""
+        basis = harmonics(self.slots[row], self.period_ms, self.season.shape[1])
+        own, pooled = (season(weights, basis) for weights in (self.season[row], self.season[-1]))
+        return np.asarray(self.series[row] + (own - pooled), np.float32)
 
 
 def fewest_rows(model: ModelConfig) -> int:
@@ -91,6 +103,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         raise HistoryError("expected history of at least one entity, got none")
     needed = fewest_rows(config.model)
     grids: list[FloatArray] = []
+    numbers: list[NDArray[np.int64]] = []
     digest = hashlib.sha256(repr((tuple(history.channels), period_ms)).encode())
     for entity in history.entities:
         slots, grid = to_grid(entity.timestamps_ms, entity.values, period_ms, config.model.window)
@@ -106,22 +119,42 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         digest.update(slots.astype("<i8").tobytes())
         digest.update(grid.astype("<f4").tobytes())
         grids.append(grid)
+        numbers.append(slots)
     split = tuple(len(grid) - held_out_slots(len(grid), config) for grid in grids)
     fitting = [grid[:at] for grid, at in zip(grids, split, strict=True)]
     if not any(np.isfinite(part).any() for part in fitting):
         raise HistoryError("expected readings in the history, every cell of it is missing")
     statistics = fit_statistics(fitting, config.model.scale_floor)
     longest = np.stack([longest_runs(grid) for grid in grids])
-    series = []
-    for row, grid in enumerate(grids):
-        z = normalize(grid, statistics.mean[row], statistics.scale[row], config.model.clip)
-        series.append(z.astype(np.float32))
+
+    def normalized(row: int, own: FloatArray | None = None) -> FloatArray:
+        mean, scale = statistics.mean[row], statistics.scale[row]
+        if own is not None and len(own):
+            mean = mean + scale * season(own, harmonics(numbers[row], period_ms, len(own)))
+        return np.asarray(normalize(grids[row], mean, scale, config.model.clip), np.float32)
+
+    rows = range(len(grids))
+    seasons = [fit_season(normalized(row), numbers[row], split[row], period_ms) for row in rows]
+    pooled = _pooled_seasons(seasons)
     return Dataset(
         channels=tuple(history.channels),
         entities=tuple(entity.entity for entity in history.entities),
-        series=tuple(series),
+        series=tuple(normalized(row, pooled[row]) for row in rows),
+        slots=tuple(numbers),
+        period_ms=period_ms,
         split=split,
         statistics=statistics,
+        season=pooled,
         longest=np.concatenate([longest, longest.max(0, keepdims=True)]),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _pooled_seasons(seasons: Sequence[FloatArray]) -> FloatArray:
+    """Weights of all entities and their mean, (R+1, K, D); K = 0 where no channel has a season."""
+    terms = max(len(own) if own.any() else 0 for own in seasons)
+    # Entities with too short a history have none.
+    each = np.stack(
+        [np.pad(own[:terms], ((0, terms - len(own[:terms])), (0, 0))) for own in seasons]
+    )
+    return np.concatenate([each, each.mean(0, keepdims=True)])

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from train import baselines, stress
 from train.baselines import BASELINES, Scored
@@ -83,18 +84,23 @@ class Result(NamedTuple):
     metrics: dict[str, float]
 
 
-Find = Callable[[Entity, FloatArray], Scored]
-"""A fitted detector: scores a test part's values (T, D)."""
+Find = Callable[[Entity, Trial], Scored]
+"""A fitted detector: scores a test part."""
 
 
 # -- fitting and scoring ------------------------------------------------------------------------
 
 
 def score_ours(
-    detector: Detector, entity: str, past: FloatArray | None, values: FloatArray
+    detector: Detector,
+    entity: str,
+    past: FloatArray | None,
+    values: FloatArray,
+    numbers: NDArray[np.int64],
 ) -> Scored:
     """Score a series (T, D) on the grid, in order; `past` (N, D) is what precedes it.
 
+    `numbers` (T,) are the slots' own.
     The window and the stream history of the first slots come from `past`; without one they are
     empty, as when the service meets an entity for the first time.
     """
@@ -109,7 +115,7 @@ def score_ours(
         series,
         mean=mean,
         scale=scale,
-        numbers=np.arange(len(series)),
+        numbers=np.concatenate([numbers[0] + np.arange(-len(before), 0), numbers]),
         first=max(len(before) - detector.history, 0),
         start=len(before),
     )
@@ -146,11 +152,11 @@ def _fit_ours(name: str, labelled: LabelledSet, settings: Settings, seed: int) -
         for version, bundle in {each.version: each for each in bundles.values()}.items()
     }
 
-    def find(entity: Entity, values: FloatArray) -> Scored:
-        past = entity.past if entity.test is not None and entity.test.goes_on else None
+    def find(entity: Entity, test: Trial) -> Scored:
+        past = entity.past if test.goes_on else None
         # The names in a bundle are those of the history it was trained on.
         detector = detectors[bundles[entity.name].version]
-        return score_ours(detector, entity.history.entity, past, values)
+        return score_ours(detector, entity.history.entity, past, test.values, test.numbers)
 
     return find
 
@@ -163,7 +169,7 @@ def _fit_baseline(name: str, labelled: LabelledSet, settings: Settings, seed: in
         goes_on = entity.test is not None and entity.test.goes_on
         baseline = _BY_ENTITY[name]()
         fitted[entity.name] = baselines.fit(baseline, entity.past, held_out, seed, goes_on)
-    return lambda entity, values: fitted[entity.name](values)
+    return lambda entity, test: fitted[entity.name](test.values)
 
 
 def _fit(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Find:
@@ -238,7 +244,7 @@ def _run(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Ite
             return
         if kind in stress.WORSE:
             test = test._replace(values=stress.worsen(kind, entity, test.values, seed))
-        scored = find(entity, test.values)
+        scored = find(entity, test)
         metrics = judge(test, scored, labelled.period_ms, threshold)
         yield Result(labelled.name, entity.name, name, seed, kind, metrics)
 

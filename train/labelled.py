@@ -27,12 +27,14 @@ LONGEST_GAP = ModelConfig.window
 class Trial(NamedTuple):
     """What is judged: `values` (T, D) on the grid; per row of the file, its slot and its label.
 
+    `numbers` (T,) are the slots' own, which tell the time of day.
     `goes_on`: the first slot follows the training part's last one, so it has context there.
     `buffer` is the longest that VUS uses; a property of the metric, taken from channel 0 of the
     training and the test part, as TSB-AD does.
     """
 
     values: FloatArray
+    numbers: NDArray[np.int64]
     slots: NDArray[np.int64]
     labels: BoolArray
     causes: tuple[Cause, ...]
@@ -181,6 +183,7 @@ def _entity(
     goes_on = 0 <= gap < LONGEST_GAP
     if goes_on and gap:
         values = np.concatenate([np.full((gap, values.shape[1]), np.nan, np.float32), values])
+        numbers = np.concatenate([np.arange(last_slot + 1, first_slot), numbers])
         slots = slots + gap
     whole = np.concatenate([train.values[:, :1], test.values[:, :1]])
     first = forward_fill(whole)[:, 0].astype(np.float64)
@@ -192,6 +195,7 @@ def _entity(
         past,
         Trial(
             values,
+            numbers,
             slots.astype(np.int64),
             labels,
             _causes(folder / "interpretation.json", channels, len(labels)),

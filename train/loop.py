@@ -203,6 +203,7 @@ def _assemble(
     arrays.update(zip(("moments.mean", "moments.lags"), anchors.moments, strict=True))
     for name in ("mean", "scale", "spread"):
         arrays[f"statistics.{name}"] = getattr(dataset.statistics, name)
+    arrays["season"] = dataset.season
     arrays["runs.longest"] = dataset.longest
     for name, table in fitted.calibration._asdict().items():
         arrays[f"calibration.{name}"] = np.asarray(table, np.float32)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from tsdiff.anchor import refit_anchor
@@ -24,6 +24,7 @@ from tsdiff.config import MOST_FULL, Adapt
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
+from tsdiff.season import harmonics, season
 from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 
 # Beside `MOST_FULL` entities, so many channels: 640 KB of state alone.
@@ -56,6 +57,8 @@ class Adaptation(ABC):
         self._usual = np.asarray(knots[:, 0, :2, -1], np.float32)
         self._clip = bundle.manifest.model.clip
         self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)
+        self._season = np.asarray(bundle.arrays["season"], np.float32)
+        self._period_ms = bundle.period_ms
 
     @property
     def entity_bytes(self) -> int:
@@ -89,6 +92,7 @@ class Adaptation(ABC):
         row: int,
         state: FloatArray | None,
         values: Float[FloatArray, "M D"],
+        slots: Int[NDArray[np.int64], " M"],
         calm: Bool[NDArray[np.bool_], " M"],
         mean: Float[FloatArray, " D"],
         scale: Float[FloatArray, " D"],
@@ -97,7 +101,10 @@ class Adaptation(ABC):
 
         The `context` slots before them come first, and are not `calm`.
         """
-        z = np.asarray(normalize(values, mean, scale, self._clip), np.float32)
+        weights = self._season[row]
+        basis = harmonics(slots, self._period_ms, len(weights))
+        centre = mean + scale * season(weights, basis)
+        z = np.asarray(normalize(values, centre, scale, self._clip), np.float32)
         return self._learn(row, state, z, calm)
 
     @abstractmethod

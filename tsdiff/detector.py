@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, NamedTuple, TypeVar, get_args
+from typing import Any, Final, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
 from tsdiff.runs import Counts
+from tsdiff.season import harmonics, season
 from tsdiff.types import DoubleArray, FloatArray, IntArray
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -63,7 +64,7 @@ class Detection(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Arrays of the bundle beside the model: calibration and band scale (R+1, D).
+    """Arrays of the bundle beside the model: calibration, band scale (R+1, D), season (R+1, K, D).
 
     The calibration's tables are those of the chosen lag, (R+1, C, Q) and (R+1, C), the joint ones
     of the chosen scorer, too: (R+1, Q) and (R+1,).
@@ -71,6 +72,7 @@ class Tables(NamedTuple):
 
     calibration: Calibration
     band_scale: Array
+    season: Array
 
 
 class Traced(NamedTuple):
@@ -97,6 +99,7 @@ def detect_spans(
     model: Model,
     tables: Tables,
     values: Float[Array, "E M D"],
+    basis: Float[Array, "E M K"],
     mean: Float[Array, "E D"],
     scale: Float[Array, "E D"],
     rows: Int[Array, " E"],
@@ -110,10 +113,13 @@ def detect_spans(
     """Score T = M - W + 1 - lag slots of every entity: the function that is compiled.
 
     A slot's streams are read from the window that ends at it, whatever the lag; what follows it
-    counts in the long time scale.
+    counts in the long time scale. `basis` are the slots' `season.harmonics`.
     """
     fitted, config = tables.calibration, reader.config
-    centre, unit = mean[:, None, :], scale[:, None, :]
+    unit = scale[:, None, :]
+    centre = jnp.broadcast_to(mean[:, None, :], values.shape)
+    if basis.shape[-1]:
+        centre = centre + unit * season(tables.season[rows], basis)
     z = normalize(values, centre, unit, config.clip)
     last = z.shape[1] - lag
     read = read_spans(model, z[:, lag:], rows, reader, missing=missing)
@@ -135,6 +141,7 @@ def detect_spans(
     z = z[:, config.window - 1 : last]
     observed = jnp.isfinite(z)
     half_width = read.sd * tables.band_scale[rows][:, None, :]
+    centre = centre[:, config.window - 1 : last]
     raw = partial(denormalize, mean=centre, scale=unit, clip=config.clip)
     return Traced(
         evidence=joint,
@@ -230,6 +237,7 @@ class Detector:
                     joint_slope=fitted.joint_slope[:, of_lag, of_scorer],
                 ),
                 jnp.asarray(_float(bundle, "band_scale")),
+                jnp.asarray(_float(bundle, "season")),
             )
             self._model, self._reader = build_model(bundle)
             self.adaptation = make_adaptation(adapt, bundle, self._model)
@@ -239,6 +247,7 @@ class Detector:
             raise BundleError(
                 f"bundle {bundle.manifest.name} lacks the array {error}; train it again"
             ) from error
+        self._terms = int(self._tables.season.shape[1])
         self.streams = int(self._tables.calibration.neutral.shape[1])
         self._jitted = jax.jit(self._trace, static_argnames=("missing",))
         self._threads = ThreadPoolExecutor(os.cpu_count(), "tsdiff-detect")
@@ -249,6 +258,7 @@ class Detector:
         model: Model,
         tables: Tables,
         values: Array,
+        basis: Array,
         mean: Array,
         scale: Array,
         rows: Array,
@@ -260,6 +270,7 @@ class Detector:
             model,
             tables,
             values,
+            basis,
             mean,
             scale,
             rows,
@@ -309,6 +320,7 @@ class Detector:
                 self._model,
                 self._tables,
                 _shape(batch, self.window - 1 + span + self.lag, channels),
+                _shape(batch, self.window - 1 + span + self.lag, self._terms),
                 _shape(batch, channels),
                 _shape(batch, channels),
                 _shape(batch, dtype=np.int32),
@@ -321,6 +333,7 @@ class Detector:
     def detect(
         self,
         values: FloatArray,
+        slots: NDArray[np.int64],
         lengths: IntArray,
         mean: FloatArray,
         scale: FloatArray,
@@ -331,8 +344,9 @@ class Detector:
         """Score the last slots of E entities; the result does not depend on cuts or batches.
 
         `values` (E, W-1+T+lag, D) are raw, NaN = missing; entity e's scored slots are rows W-1 to
-        W-1+lengths[e]-1, what follows the `lag` slots after them is padding. `mean`, `scale` (E, D)
-        are its statistics, `rows` (E,) its row (-1: pooled), `history` (E, H, S) the streams of the
+        W-1+lengths[e]-1, what follows the `lag` slots after them is padding. `slots` (E, W-1+T+lag)
+        are the rows' numbers, which tell the time of day. `mean`, `scale` (E, D) are the entities'
+        statistics, `rows` (E,) their rows (-1: pooled), `history` (E, H, S) the streams of the
         slots before those that this call reads anew, oldest first, NaN = none; `states` what each
         entity has learned so far (`Adaptation.learn`), None = nothing.
 
@@ -343,7 +357,8 @@ class Detector:
         values = np.asarray(values, np.float32)
         lengths, rows = np.asarray(lengths, np.int32), np.asarray(rows, np.int32)
         mean, scale = np.asarray(mean, np.float32), np.asarray(scale, np.float32)
-        self._check(values, lengths, mean, scale, rows, history)
+        self._check(values, slots, lengths, mean, scale, rows, history)
+        basis = harmonics(slots, self.period_ms, self._terms)
         if self.adaptation is not None:
             known = [None] * len(rows) if states is None else states
             self._model, mean = self.adaptation.prepare(self._model, rows, mean, scale, known)
@@ -351,12 +366,13 @@ class Detector:
         result = self._empty(entities, span)
         history = np.array(history, np.float32)
         for start, length, size in cut_span(entities, span, self._batches):
-            piece = values[:, start : start + self.window - 1 + length + self.lag]
+            read = slice(start, start + self.window - 1 + length + self.lag)
+            piece, times = values[:, read], basis[:, read]
             most = self._most_missing(piece, lengths - start)
             kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
             kind[lengths <= start] = -1
             into = Detection(*(whole[:, start : start + length] for whole in result))
-            score = partial(self._score, (piece, mean, scale, rows, history), into, size)
+            score = partial(self._score, (piece, times, mean, scale, rows, history), into, size)
             # Together they keep all cores at work, with laying out as well as with computing.
             for _ in self._threads.map(score, *zip(*self._batched(kind, size), strict=True)):
                 pass
@@ -383,19 +399,20 @@ class Detector:
 
     def _score(
         self,
-        arguments: tuple[FloatArray, FloatArray, FloatArray, IntArray, FloatArray],
+        arguments: tuple[FloatArray, FloatArray, FloatArray, FloatArray, IntArray, FloatArray],
         into: Detection,
         size: int,
         index: NDArray[np.intp],
         call: Callable[..., Traced],
     ) -> None:
         """Call the compiled function for the entities `index`; put what it finds into place."""
-        values, mean, scale, rows, history = (part[index] for part in arguments)
+        values, basis, mean, scale, rows, history = (part[index] for part in arguments)
         batch, length = self._batches[size], into.evidence.shape[1]
         found = call(
             self._model,
             self._tables,
             _pad(values, batch, size - length),
+            _pad(basis, batch, size - length, fill=0.0),
             _pad(mean, batch, fill=0.0),
             _pad(scale, batch, fill=1.0),
             _pad(rows, batch, fill=-1),
@@ -424,6 +441,7 @@ class Detector:
     def _check(
         self,
         values: FloatArray,
+        slots: NDArray[np.int64],
         lengths: IntArray,
         mean: FloatArray,
         scale: FloatArray,
@@ -437,7 +455,8 @@ class Detector:
                 f"expected values of shape (E, {fewest} - 1 + T, {channels}) with T >= 1, "
                 f"got {values.shape}"
             )
-        wanted = {
+        wanted: dict[str, tuple[NDArray[Any], tuple[int, ...]]] = {
+            "slots": (slots, values.shape[:2]),
             "lengths": (lengths, (entities,)),
             "mean": (mean, (entities, channels)),
             "scale": (scale, (entities, channels)),

@@ -38,6 +38,13 @@ def score_series(
     begin = first if learns else max(first, start - detector.history)
     padded = np.full((before + len(values) + lag, values.shape[1]), np.nan, np.float32)
     padded[before : before + len(values)] = values
+    slots = np.concatenate(
+        [
+            numbers[0] + np.arange(-before, 0),
+            numbers,
+            numbers[-1] + np.arange(1, lag + 1),
+        ]
+    )
     calm: BoolArray = np.zeros(len(padded), bool)
     history = np.full((1, detector.history, detector.streams), np.nan, np.float32)
     state: FloatArray | None = None
@@ -51,6 +58,7 @@ def score_series(
             continue
         found = detector.detect(
             padded[None, begin : before + end + lag],
+            slots[None, begin : before + end + lag],
             np.array([end - begin], np.int32),
             mean[None],
             scale[None],
@@ -73,7 +81,9 @@ def score_series(
             context = slice(max(taught.start - adaptation.context, 0), read.stop)
             usual = calm[context].copy()
             usual[: taught.start - context.start] = False
-            state = adaptation.learn(row, state, padded[context], usual, mean, scale)
+            state = adaptation.learn(
+                row, state, padded[context], slots[context], usual, mean, scale
+            )
         begin = end
     if result is None:
         raise ValueError(f"expected more than {first} slots, got {len(values)}")

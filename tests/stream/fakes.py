@@ -51,17 +51,24 @@ class FakeLearner:
         row: int,
         state: Float32 | None,
         values: Float32,
+        slots: NDArray[np.int64],
         calm: NDArray[np.bool_],
         mean: Float32,
         scale: Float32,
     ) -> Float32:
         assert values.shape == (self.block + self.context, 2)
         assert not calm[: self.context].any()
-        known = np.nan_to_num((values - mean) / scale).mean(1)
+        assert (np.diff(slots) == 1).all()
+        known = np.nan_to_num((values - mean) / scale - _season(slots)).mean(1)
         level = known[calm].sum()
         together = (known[1:] * known[:-1])[calm[1:]].sum()
         before = np.zeros(2, np.float32) if state is None else state
         return np.asarray(0.5 * before + 0.1 * np.array([level, together]) + row, np.float32)
+
+
+def _season(slots: NDArray[np.int64]) -> Float32:
+    """What depends on the slots' own numbers, one column."""
+    return np.asarray((slots % 5)[..., None] * 0.01, np.float32)
 
 
 class FakeScorer:
@@ -115,6 +122,7 @@ class FakeScorer:
     def detect(
         self,
         values: Float32,
+        slots: NDArray[np.int64],
         lengths: NDArray[np.int32],
         mean: Float32,
         scale: Float32,
@@ -124,23 +132,25 @@ class FakeScorer:
     ) -> FakeDetection:
         self.calls.append(values.shape)
         entities, width, channels = values.shape
-        slots = width - self.window + 1 - self.lag
-        beyond = np.arange(slots) >= lengths[:, None]
-        assert lengths.max() == slots
+        assert slots.shape == values.shape[:2]
+        span = width - self.window + 1 - self.lag
+        beyond = np.arange(span) >= lengths[:, None]
+        assert lengths.max() == span
         drift = np.zeros((entities, channels), np.float32)
         for i, state in enumerate(states or ()):
             drift[i] = 0 if state is None else state
         centre = mean + drift * scale
-        deviation = np.nan_to_num(np.abs(values - centre[:, None]) / scale[:, None]).mean(2)
+        off = (values - centre[:, None]) / scale[:, None] - _season(slots)
+        deviation = np.nan_to_num(np.abs(off)).mean(2)
         deviation = deviation[:, self.lag :]
         stream = np.stack(
-            [deviation[:, t : t + self.window] @ [0.25, 0.5, 1.0] for t in range(slots)], 1
+            [deviation[:, t : t + self.window] @ [0.25, 0.5, 1.0] for t in range(span)], 1
         )
         joined = np.concatenate([np.nan_to_num(history[:, :, 0]), stream], 1)
         reach = 4 + self.lag
-        evidence = np.stack([joined[:, t : t + reach].mean(1) for t in range(slots)], 1)
+        evidence = np.stack([joined[:, t : t + reach].mean(1) for t in range(span)], 1)
         evidence[beyond] = stream[beyond] = np.nan
-        cells = np.zeros((entities, slots, channels), np.float32)
+        cells = np.zeros((entities, span, channels), np.float32)
         return FakeDetection(
             evidence.astype(np.float32),
             stream[:, :, None].astype(np.float32),

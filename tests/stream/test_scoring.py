@@ -37,6 +37,7 @@ class Scripted(FakeScorer):
     def detect(
         self,
         values: Float32,
+        slots: NDArray[np.int64],
         lengths: NDArray[np.int32],
         mean: Float32,
         scale: Float32,
@@ -45,10 +46,10 @@ class Scripted(FakeScorer):
         states: Sequence[Float32 | None] | None = None,
     ) -> FakeDetection:
         self.calls.append(values.shape)
-        slots = values[:, self.window - 1 :]
-        zero = np.zeros_like(slots)
+        read = values[:, self.window - 1 :]
+        zero = np.zeros_like(read)
         return FakeDetection(
-            slots[:, :, 0], slots[:, :, :1], zero, zero - 1, zero + 1, zero + self.contribution
+            read[:, :, 0], read[:, :, :1], zero, zero - 1, zero + 1, zero + self.contribution
         )
 
 

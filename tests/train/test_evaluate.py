@@ -194,9 +194,10 @@ def test_scoring_goes_on_where_the_past_ended() -> None:
     """Scoring the whole series at once gives the second part the same scores."""
     detector = Detector(anchor_bundle(), shapes=SHAPES)
     values = simulate(500, 0)
-    whole = score_ours(detector, "e0", None, values)
-    after = score_ours(detector, "e0", values[:400], values[400:])
-    cold = score_ours(detector, "e0", None, values[400:])
+    slots = np.arange(500)
+    whole = score_ours(detector, "e0", None, values, slots)
+    after = score_ours(detector, "e0", values[:400], values[400:], slots[400:])
+    cold = score_ours(detector, "e0", None, values[400:], slots[400:])
     np.testing.assert_allclose(after.evidence, whole.evidence[400:], atol=1e-3)
     assert after.contribution is not None
     assert whole.contribution is not None
@@ -228,7 +229,7 @@ def test_every_detector_is_run_on_every_judged_entity(
 
     def fit(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> module.Find:
         fits.append((name, seed))
-        return lambda entity, values: Scored(values[:, 1], values[:, 1], None)
+        return lambda entity, test: Scored(test.values[:, 1], test.values[:, 1], None)
 
     monkeypatch.setattr(module, "_fit", fit)
     settings = Settings(("l2", "tsdiff", "kmeansad"), seeds=2)

@@ -42,7 +42,7 @@ def taught(
     usual = np.arange(len(values)) < adaptation.context + calm * adaptation.block
     usual[: adaptation.context] = False
     for _ in range(times):
-        state = adaptation.learn(0, state, values, usual, mean, scale)
+        state = adaptation.learn(0, state, values, np.arange(len(values)), usual, mean, scale)
     assert state is not None
     return state
 
@@ -228,7 +228,9 @@ def test_a_state_that_is_given_up_leaves_nothing_behind() -> None:
 
     def streams(state: np.ndarray | None) -> np.ndarray:
         one, row = np.array([1]), np.array([0])
-        return detector.detect(values, one, mean[None], scale[None], row, history, [state]).streams
+        slots = np.arange(detector.window)[None]
+        statistics = mean[None], scale[None]
+        return detector.detect(values, slots, one, *statistics, row, history, [state]).streams
 
     before, learned, after, copied = (
         streams(None),

@@ -19,7 +19,7 @@ def detector(request: pytest.FixtureRequest) -> Detector:
 
 
 def arguments(
-    detector: Detector, values: np.ndarray, rows: tuple[int, ...] | None = None
+    detector: Detector, values: np.ndarray, rows: tuple[int, ...] | None = None, first: int = 0
 ) -> dict[str, Any]:
     """Arguments of `detect` for values (E, W-1+T, D), every entity in full length."""
     entities = len(values)
@@ -27,6 +27,7 @@ def arguments(
     statistics = [detector.statistics(row) for row in chosen]
     return {
         "values": values,
+        "slots": np.tile(first + np.arange(values.shape[1]), (entities, 1)),
         "lengths": np.full(entities, values.shape[1] - detector.window + 1, np.int32),
         "mean": np.stack([mean for mean, _ in statistics]),
         "scale": np.stack([scale for _, scale in statistics]),
@@ -46,7 +47,7 @@ def test_one_span_or_slot_by_slot_is_the_same(detector: Detector, missing: float
     whole = detector.detect(**arguments(detector, values))
     history = arguments(detector, values)["history"]
     for slot in range(SPAN):
-        piece = arguments(detector, values[:, slot : slot + detector.window])
+        piece = arguments(detector, values[:, slot : slot + detector.window], first=slot)
         piece["history"] = history
         found = detector.detect(**piece)
         for name, one in found._asdict().items():
@@ -104,6 +105,7 @@ def test_spans_are_cut_so_that_little_is_padded(
 def test_no_entities(detector: Detector) -> None:
     found = detector.detect(
         np.zeros((0, detector.window, CHANNELS), np.float32),
+        np.zeros((0, detector.window), np.int64),
         np.zeros(0, np.int32),
         np.zeros((0, CHANNELS), np.float32),
         np.zeros((0, CHANNELS), np.float32),
