@@ -359,8 +359,10 @@ class InputSection(_Section):
         """Keyword arguments for any kafka-python client: admin, producer or consumer."""
         return {
             "bootstrap_servers": list(self.bootstrap_servers),
-            # A broker that is back is found within two seconds, not within kafka-python's thirty.
+            # A broker that is back is found within two seconds, and one that is away given up after
+            # five: both are thirty in kafka-python, and who is asked to stop waits for that.
             "reconnect_backoff_max_ms": 2_000,
+            "bootstrap_timeout_ms": 5_000,
             **self.security.client_kwargs(),
         }
 

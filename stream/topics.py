@@ -26,7 +26,6 @@ def connect_admin(config: ServiceConfig, client_options: Mapping[str, Any]) -> K
         return connect(
             KafkaAdminClient,
             **config.input.client_kwargs(),
-            bootstrap_timeout_ms=5_000,
             **client_options,
         )
     except KafkaError as error:
@@ -45,7 +44,7 @@ def expect_topic(client: Mapping[str, Any], topic: str) -> None:
     """
     servers = ",".join(client["bootstrap_servers"])
     try:
-        admin = connect(KafkaAdminClient, **client, bootstrap_timeout_ms=5_000)
+        admin = connect(KafkaAdminClient, **client)
     except KafkaError as error:
         raise StreamError(
             f"expected a broker at {servers}, got {error!r}; start it, or name another one with "

@@ -136,11 +136,14 @@ def test_a_broker_that_goes_away_and_comes_back(
         ) as deployed:
             deployed.send(small_bundle.live, small_bundle.period_ms)
             worker = deployed.start(input__max_poll_records=20)
+            other = deployed.start(input__max_poll_records=20)
             deployed.wait_for_scores(1000, worker)
             # kafka-python 3.0.12 leaks a socket with every connection that is refused.
             deployed.close_readers()
             broker.kill()
             time.sleep(8)  # longer than the session and the transaction may last
+            # Who is asked to stop does not wait for the broker, which kafka-python does for 30 s.
+            assert other.stop(15) == 0
             broker.restart()
             deployed.wait_for_scores(len(reference), worker, 120)
             assert worker.stop() == 0
