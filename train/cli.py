@@ -253,6 +253,8 @@ def describe(bundle: Bundle) -> str:
             f"cell {metrics['imputation_loss_network']:.3f}, anchor "
             f"{metrics['imputation_loss_anchor']:.3f} nats)"
         )
+    season = bundle.arrays["season"]
+    daily = tuple(name for i, name in enumerate(bundle.channels) if season[..., i].any())
     lines = {
         "model": bundle.version,
         "period": f"{bundle.period_ms / 1000:g} s",
@@ -261,6 +263,9 @@ def describe(bundle: Bundle) -> str:
         "channels": f"{len(bundle.channels)}: {_some(bundle.channels)}",
         "entities": f"{len(bundle.entities)}: {_some(bundle.entities)}",
         "detector": reading,
+        "daily": f"{len(daily)}: {_some(daily)}"
+        if daily
+        else "no channel goes with the hour of day",
         "held out": f"{metrics['held_out_slots']:.0f} slots; {metrics['band_coverage']:.1%} of "
         f"readings in the 90 % band; {metrics['share_above_evidence_3']:.3%} of slots beyond "
         "evidence 3 (0.1 % expected)",

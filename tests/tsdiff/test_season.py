@@ -1,5 +1,6 @@
 """What the hour of day says: found where there is something to find, and taken out everywhere."""
 
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.train.simulated import ANCHOR_ONLY
+from train.cli import describe
 from train.data import load
 from train.loop import train
 from tsdiff.bundle import Bundle
@@ -161,6 +163,8 @@ def test_series_are_without_their_season_and_the_unknown_lack_the_mean() -> None
 
 def test_without_a_season_a_bundle_keeps_none() -> None:
     assert bundle(0.0).arrays["season"].shape == (4, 0, 3)
+    assert re.search(r"^daily +no channel", describe(bundle(0.0)), re.MULTILINE)
+    assert re.search(r"^daily +2: a, b$", describe(bundle()), re.MULTILINE)
 
 
 @pytest.mark.parametrize("adapt", ["none", "level", "full"])
