@@ -16,7 +16,7 @@ from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
 from tsdiff.normalize import Statistics, fit_statistics, normalize
 from tsdiff.runs import Counts, longest_runs
-from tsdiff.season import fit_season, harmonics, season
+from tsdiff.season import fit_season, harmonics, means_of_slots, season
 from tsdiff.types import FloatArray
 from tsdiff.windows import to_grid
 
@@ -78,8 +78,8 @@ class Dataset:
     def as_unknown(self, row: int) -> FloatArray:
         """The series of an entity as it would be read were it unknown: less the pooled season."""
         basis = harmonics(self.slots[row], self.period_ms, self.season.shape[1])
-        own, pooled = (season(weights, basis) for weights in (self.season[row], self.season[-1]))
-        return np.asarray(self.series[row] + (own - pooled), np.float32)
+        differs = self.season[row] - self.season[-1]
+        return np.asarray(self.series[row] + season(differs, basis), np.float32)
 
 
 def fewest_rows(model: ModelConfig) -> int:
@@ -127,34 +127,37 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
     statistics = fit_statistics(fitting, config.model.scale_floor)
     longest = np.stack([longest_runs(grid) for grid in grids])
 
-    def normalized(row: int, own: FloatArray | None = None) -> FloatArray:
-        mean, scale = statistics.mean[row], statistics.scale[row]
-        if own is not None and len(own):
-            mean = mean + scale * season(own, harmonics(numbers[row], period_ms, len(own)))
+    def normalized(row: int, weights: FloatArray) -> FloatArray:
+        scale = statistics.scale[row]
+        basis = harmonics(numbers[row], period_ms, len(weights))
+        mean = means_of_slots(statistics.mean[row], scale, weights, basis)
         return np.asarray(normalize(grids[row], mean, scale, config.model.clip), np.float32)
 
     rows = range(len(grids))
-    seasons = [fit_season(normalized(row), numbers[row], split[row], period_ms) for row in rows]
-    pooled = _pooled_seasons(seasons)
+    none = np.zeros((0, len(history.channels)), np.float32)
+    seasons = _with_their_mean(
+        [fit_season(normalized(row, none), numbers[row], split[row], period_ms) for row in rows]
+    )
     return Dataset(
         channels=tuple(history.channels),
         entities=tuple(entity.entity for entity in history.entities),
-        series=tuple(normalized(row, pooled[row]) for row in rows),
+        series=tuple(normalized(row, seasons[row]) for row in rows),
         slots=tuple(numbers),
         period_ms=period_ms,
         split=split,
         statistics=statistics,
-        season=pooled,
+        season=seasons,
         longest=np.concatenate([longest, longest.max(0, keepdims=True)]),
         fingerprint=digest.hexdigest(),
     )
 
 
-def _pooled_seasons(seasons: Sequence[FloatArray]) -> FloatArray:
+def _with_their_mean(seasons: Sequence[FloatArray]) -> FloatArray:
     """Weights of all entities and their mean, (R+1, K, D); K = 0 where no channel has a season."""
-    terms = max(len(own) if own.any() else 0 for own in seasons)
-    # Entities with too short a history have none.
-    each = np.stack(
-        [np.pad(own[:terms], ((0, terms - len(own[:terms])), (0, 0))) for own in seasons]
-    )
-    return np.concatenate([each, each.mean(0, keepdims=True)])
+    found = {row: own for row, own in enumerate(seasons) if own.any()}
+    terms = len(next(iter(found.values()), ()))
+    weights = np.zeros((len(seasons) + 1, terms, seasons[0].shape[1]), np.float32)
+    for row, own in found.items():
+        weights[row] = own
+    weights[-1] = weights[:-1].mean(0)
+    return weights

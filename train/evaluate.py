@@ -37,6 +37,7 @@ from tsdiff.errors import ConfigError
 from tsdiff.history import History
 from tsdiff.series import SHAPES, score_series
 from tsdiff.types import FloatArray
+from tsdiff.windows import extended
 
 OURS = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
 """Our scorers: the default one, then `tsdiff-<scorer>`."""
@@ -115,7 +116,7 @@ def score_ours(
         series,
         mean=mean,
         scale=scale,
-        numbers=np.concatenate([numbers[0] + np.arange(-len(before), 0), numbers]),
+        numbers=extended(numbers, len(before)),
         first=max(len(before) - detector.history, 0),
         start=len(before),
     )

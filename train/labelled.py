@@ -17,7 +17,7 @@ from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
 from tsdiff.history import STEP_LIMIT, TIMESTAMP, EntityHistory, load_history
 from tsdiff.types import BoolArray, FloatArray
-from tsdiff.windows import to_grid
+from tsdiff.windows import extended, to_grid
 
 _LABEL = "label"
 # What training and the service take for a pause of the entity rather than missing slots.
@@ -183,7 +183,7 @@ def _entity(
     goes_on = 0 <= gap < LONGEST_GAP
     if goes_on and gap:
         values = np.concatenate([np.full((gap, values.shape[1]), np.nan, np.float32), values])
-        numbers = np.concatenate([np.arange(last_slot + 1, first_slot), numbers])
+        numbers = extended(numbers, gap)
         slots = slots + gap
     whole = np.concatenate([train.values[:, :1], test.values[:, :1]])
     first = forward_fill(whole)[:, 0].astype(np.float64)

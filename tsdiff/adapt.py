@@ -24,7 +24,7 @@ from tsdiff.config import MOST_FULL, Adapt
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
-from tsdiff.season import harmonics, season
+from tsdiff.season import harmonics, means_of_slots
 from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 
 # Beside `MOST_FULL` entities, so many channels: 640 KB of state alone.
@@ -103,7 +103,7 @@ class Adaptation(ABC):
         """
         weights = self._season[row]
         basis = harmonics(slots, self._period_ms, len(weights))
-        centre = mean + scale * season(weights, basis)
+        centre = means_of_slots(mean, scale, weights, basis)
         z = np.asarray(normalize(values, centre, scale, self._clip), np.float32)
         return self._learn(row, state, z, calm)
 

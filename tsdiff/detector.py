@@ -28,7 +28,7 @@ from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
 from tsdiff.runs import Counts
-from tsdiff.season import harmonics, season
+from tsdiff.season import harmonics, means_of_slots
 from tsdiff.types import DoubleArray, FloatArray, IntArray
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -117,9 +117,7 @@ def detect_spans(
     """
     fitted, config = tables.calibration, reader.config
     unit = scale[:, None, :]
-    centre = jnp.broadcast_to(mean[:, None, :], values.shape)
-    if basis.shape[-1]:
-        centre = centre + unit * season(tables.season[rows], basis)
+    centre = means_of_slots(mean, scale, tables.season[rows], basis)
     z = normalize(values, centre, unit, config.clip)
     last = z.shape[1] - lag
     read = read_spans(model, z[:, lag:], rows, reader, missing=missing)

@@ -61,6 +61,12 @@ def season(weights: _Either, basis: _Either) -> _Either:
     return total
 
 
+def means_of_slots(mean: _Either, scale: _Either, weights: _Either, basis: _Either) -> _Either:
+    """Mean of every slot (*n, M, D), raw, of mean and scale (*n, D) and a season as in `season`."""
+    means: _Either = mean[..., None, :] + scale[..., None, :] * season(weights, basis)
+    return means
+
+
 def fit_season(
     z: Float[FloatArray, "N D"], slots: NDArray[np.int64], split: int, period_ms: int
 ) -> Float[FloatArray, "K D"]:
@@ -84,11 +90,11 @@ def fit_season(
     hour = slots * period_ms % DAY_MS * bins // DAY_MS
     weights = np.zeros((terms, channels))
     for channel in range(channels):
-        fit, judge = np.flatnonzero(seen[:split, channel]), seen[split:, channel]
-        if np.bincount(hour[fit], minlength=bins).min() and 2 * judge.sum() >= len(judge):
-            found = _regress(basis[fit], tame[fit, channel])
-            left = tame[split:, channel] - basis[split:] @ found
-            if _variance(left[judge]) < _MOST_LEFT * _variance(tame[split:, channel][judge]):
+        own, at = tame[:, channel], np.flatnonzero(seen[:, channel])
+        fit, judge = at[at < split], at[at >= split]
+        if np.bincount(hour[fit], minlength=bins).min() and 2 * len(judge) >= len(z) - split:
+            found = _regress(basis[fit], own[fit])
+            if np.var(own[judge] - basis[judge] @ found) < _MOST_LEFT * np.var(own[judge]):
                 weights[:, channel] = found
     return weights.astype(np.float32)
 
@@ -98,7 +104,3 @@ def _regress(basis: DoubleArray, target: DoubleArray) -> DoubleArray:
     centred = basis - basis.mean(0)
     gram = centred.T @ centred + _RIDGE * len(basis) * np.eye(basis.shape[1])
     return np.asarray(np.linalg.solve(gram, centred.T @ (target - target.mean())))
-
-
-def _variance(values: DoubleArray) -> float:
-    return float(values.var()) if len(values) else 0.0

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from tsdiff.detector import Detection, Detector
 from tsdiff.types import BoolArray, FloatArray
+from tsdiff.windows import extended
 
 SHAPES = ((1, 256),)
 """What to compile a detector for that scores one entity at a time: all slots are there at once."""
@@ -38,13 +39,7 @@ def score_series(
     begin = first if learns else max(first, start - detector.history)
     padded = np.full((before + len(values) + lag, values.shape[1]), np.nan, np.float32)
     padded[before : before + len(values)] = values
-    slots = np.concatenate(
-        [
-            numbers[0] + np.arange(-before, 0),
-            numbers,
-            numbers[-1] + np.arange(1, lag + 1),
-        ]
-    )
+    slots = extended(numbers, before, lag)
     calm: BoolArray = np.zeros(len(padded), bool)
     history = np.full((1, detector.history, detector.streams), np.nan, np.float32)
     state: FloatArray | None = None

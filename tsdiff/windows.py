@@ -46,6 +46,13 @@ def to_grid(
     return numbers, grid
 
 
+def extended(numbers: NDArray[np.int64], before: int, after: int = 0) -> NDArray[np.int64]:
+    """Slot numbers (N,) with so many that go before and come after them."""
+    return np.concatenate(
+        [numbers[0] + np.arange(-before, 0), numbers, numbers[-1] + np.arange(1, after + 1)]
+    )
+
+
 def sliding(values: FloatArray, length: int, stride: int = 1) -> FloatArray:
     """Every window of `length` slots, (N, D) -> (ceil((N-length+1)/stride), length, D), a view."""
     view = np.lib.stride_tricks.sliding_window_view(values, length, axis=0)
