@@ -85,8 +85,9 @@ def backfill(
 ) -> BackfillSummary:
     """Score a history into a Parquet file (None: none) and `others`, which are closed or abandoned.
 
-    `progress` is told how many readings are done. A slot is scored once a later reading has shown
-    that it is over, exactly as live: the newest slot of the history stays open. Slots outside of
+    `progress` is told how many readings are done. A slot is scored once it is complete or a later
+    reading has shown that it is over, exactly as live: of the newest slot of the history, what is
+    incomplete stays open. Slots outside of
     `span` are not written; what was before it is read all the same, so that scores do not depend
     on where it begins.
     """
@@ -95,7 +96,8 @@ def backfill(
     try:
         if path is not None:
             outputs.append(ParquetSink(path))
-        tee = _Tee(outputs, span or Span())
+        grid, scoring = grid_of(model, config), scoring_of(model, config)
+        tee = _Tee(outputs, span or Span(), grid)
         metrics = ServiceMetrics(
             CollectorRegistry(),
             channels=model.detector.channels,
@@ -103,7 +105,6 @@ def backfill(
             top_channels=0,
             entity_ttl_s=1.0,
         )
-        grid, scoring = grid_of(model, config), scoring_of(model, config)
         service = Service(source, tee, model.detector, grid, scoring, metrics, Health())
         service.run(lambda: tee.ended)
         tee.close()
@@ -119,20 +120,22 @@ def backfill(
 class _Tee:
     """Passes the slots of a span on to several outputs, and counts them."""
 
-    def __init__(self, outputs: Sequence[Output], span: Span) -> None:
+    def __init__(self, outputs: Sequence[Output], span: Span, grid: Grid) -> None:
         self._outputs = outputs
         self._span = span
+        # An entity may be ahead of others by the slots that are still open for readings.
+        self._over_ms = span.until_ms + (grid.lateness_slots + 1) * grid.period_ms
         self.rows = 0
         self.alerts: list[AlertEvent] = []
         self.scored: set[str] = set()
         """Entities that have a score, in the span or before, not only slots of their warm-up."""
         self.ended = False
-        """Whether a slot beyond the span was told: slots are closed in the order of time."""
+        """Whether all slots of the span were told."""
 
     def commit(self, round_: Round, generation: Any) -> None:  # noqa: ANN401 - opaque token
         span = self._span
         self.scored.update(s.entity for s in round_.scores if s.anomaly_score is not None)
-        self.ended = any(s.timestamp_ms >= span.until_ms for s in round_.scores)
+        self.ended = any(s.timestamp_ms >= self._over_ms for s in round_.scores)
         part = replace(
             round_,
             scores=[s for s in round_.scores if s.timestamp_ms in span],
@@ -161,7 +164,8 @@ def refuse_recent(history: History, grid: Grid, span: Span, now_ms: float) -> No
     """
     period = grid.period_ms
     newest = max(int(e.timestamps_ms[-1]) for e in history.entities)
-    last = ((newest - grid.lateness_ms) // period - 1) * period
+    over = (newest - grid.lateness_ms) // period - 1
+    last = (newest // period if grid.close_complete else over) * period
     limit = math.floor((now_ms - HEAD_MS) / period) * period
     begin = max(limit, span.since_ms)
     if begin > last or begin >= span.until_ms:

@@ -10,6 +10,10 @@ reaches its end, so what closes depends on the log alone and not on when or how 
 
 With a lag, a slot is scored when as many later ones have closed, too.
 
+Where `close_complete` is set, an entity's oldest open slot also closes as soon as it is complete,
+that is, holds a value of every channel that training saw. A complete slot takes no more readings,
+so this, too, depends on the log alone.
+
 After a crash the next owner restores the per-entity snapshots, starts again at `replay_point()`
 and runs the same code with `emit` off up to the committed offset ("priming").
 """
@@ -25,13 +29,15 @@ from stream.decide import AlertState
 from stream.learning import Learned, Learner, Pupil
 from stream.records import ChannelState, ReadingBatch
 from tsdiff.history import RATE_LOOKBACK, counter_rates
-from tsdiff.runs import Counts, Runs, follow, too_long
+from tsdiff.runs import Counts, Runs, ever_read, follow, too_long
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
 # A partition without any reading has no watermark yet.
 NO_WATERMARK = -(2**62)
+# Snapshots of versions that did not say.
+UNKNOWN_OFFSET = -1
 
 
 class Profiles(Protocol):
@@ -85,6 +91,8 @@ class Grid:
     """Slots before a block that learning needs besides."""
     counters: tuple[int, ...] = ()
     """Channels that are read as counters and scored as rates per second."""
+    close_complete: bool = False
+    """Whether an entity's slot closes, ahead of the others', once all its channels are read."""
 
     def __post_init__(self) -> None:
         """Refuse what the bookkeeping of learning cannot follow."""
@@ -161,6 +169,8 @@ class EntitySnapshot:
     """`Learner.key`: only the same model can go on from there."""
     runs: Runs | None = None
     """How long its channels have been silent or stood still, (D,) each."""
+    offset: int = UNKNOWN_OFFSET
+    """The log was read up to here."""
 
 
 class Span(NamedTuple):
@@ -231,6 +241,8 @@ class PartitionBuffer:
     prime_until: int = 0
     """Offsets below this were committed before: they rebuild state and emit nothing."""
     prime_watermark_ms: int = NO_WATERMARK
+    prime_complete: bool = False
+    """Whether complete slots had been closed at once before that commit (`close_complete`)."""
     warm_again: bool = False
     """What there is to rebuild from is not whole: entities warm up again afterwards."""
     placement: Placement = field(default_factory=Placement)
@@ -245,6 +257,7 @@ class PartitionBuffer:
         self._gone: list[str] = []
         self._slot_offsets: dict[int, ReplayPoint] = {}
         self._closed = self.grid.closed_before(self.watermark_ms)
+        self._read_to = UNKNOWN_OFFSET
         self._allocate(8)
 
     @property
@@ -254,8 +267,17 @@ class PartitionBuffer:
 
     @property
     def next_slot(self) -> int:
-        """The oldest open slot."""
+        """The oldest slot that is not closed for all."""
         return self._closed
+
+    @property
+    def _close_complete(self) -> bool:
+        """The rule of today, or that of the log that is being replayed."""
+        return self.prime_complete if self.priming else self.grid.close_complete
+
+    def _open(self, rows: Rows) -> NDArray[np.int64]:
+        """Each row's oldest open slot."""
+        return np.maximum(self._ahead[rows], self._closed)
 
     # -- entities ------------------------------------------------------------------------------
 
@@ -279,10 +301,12 @@ class PartitionBuffer:
         grown("_gap", (grid.channels,), np.int32, 0)
         grown("_still", (grid.channels,), np.int32, 0)
         grown("_last", (grid.channels,), np.float32, np.nan)
+        grown("_awaited", (grid.channels,), np.bool_, True)
         grown("_model_row", (), np.int32, -1)
         grown("_first", (), np.int64, 0)
         grown("_ready", (), np.int64, 0)
         grown("_silent", (), np.int64, 0)
+        grown("_ahead", (), np.int64, -(2**62))
         grown("_restored", (), np.int64, -(2**62))
         grown("_snapshot", (), np.int64, -(2**62))
         grown("_alive", (), np.bool_, False)
@@ -300,10 +324,14 @@ class PartitionBuffer:
     _gap: Counts = field(init=False, repr=False)
     _still: Counts = field(init=False, repr=False)
     _last: Float32 = field(init=False, repr=False)
+    # Channels without which a slot is not complete.
+    _awaited: NDArray[np.bool_] = field(init=False, repr=False)
     _model_row: NDArray[np.int32] = field(init=False, repr=False)
     _first: NDArray[np.int64] = field(init=False, repr=False)
     _ready: NDArray[np.int64] = field(init=False, repr=False)
     _silent: NDArray[np.int64] = field(init=False, repr=False)
+    # The oldest open slot of rows whose complete slots were closed before those of others.
+    _ahead: NDArray[np.int64] = field(init=False, repr=False)
     # Slots up to this one are in the snapshot already; priming must not count them again.
     _restored: NDArray[np.int64] = field(init=False, repr=False)
     _snapshot: NDArray[np.int64] = field(init=False, repr=False)
@@ -323,12 +351,13 @@ class PartitionBuffer:
         self._gap[row] = self._still[row] = 0
         self._last[row] = np.nan
         self._model_row[row] = model_row
+        self._awaited[row] = ever_read(self.profiles.longest_runs(np.array([model_row], np.int32)))
         self._first[row] = first_slot
         self._ready[row] = first_slot + (
             self.grid.warmup_slots if known else self.grid.newcomer_slots
         )
         self._silent[row] = 0
-        self._restored[row] = -(2**62)
+        self._ahead[row] = self._restored[row] = -(2**62)
         self._snapshot[row] = first_slot
         self._alive[row] = True
         sums = None if known else np.zeros((3, self.grid.channels))
@@ -392,9 +421,10 @@ class PartitionBuffer:
 
     def snapshots(self) -> tuple[list[EntitySnapshot], list[str]]:
         """Snapshots that are due since the last call, and the names of entities that are gone."""
-        last = self._closed - self.grid.lag - 1
         due = []
-        for row in sorted(self._dirty):
+        rows = sorted(self._dirty)
+        lasts = self._open(np.array(rows, np.intp)) - self.grid.lag - 1
+        for row, last in zip(rows, lasts.tolist(), strict=True):
             entity = self.entity(row)
             self._snapshot[row] = last
             never_seen = self._model_row[row] < 0
@@ -413,6 +443,7 @@ class PartitionBuffer:
                     learned=learned if learned and learned.state is not None else None,
                     learned_by=pupil.learner.key if pupil else "",
                     runs=Runs(*(part[row].copy() for part in (self._gap, self._still, self._last))),
+                    offset=self._read_to,
                 )
             )
         gone = [name for name in self._gone if name not in self.names]
@@ -447,6 +478,7 @@ class PartitionBuffer:
             if batch.next_offset >= self.prime_until:
                 yield from self.finish_priming()
         yield from self._advance(batch, start, len(batch.entities))
+        self._read_to = batch.next_offset
 
     def finish_priming(self) -> Iterator[Closing]:
         """The committed offset is reached: what was closed then is closed now, silently."""
@@ -458,6 +490,8 @@ class PartitionBuffer:
         if self.warm_again:
             self._warm_up_again()
             self.warm_again = False
+        # Only if that rule is new: else the log that was replayed has closed them.
+        yield from self._close_runs(np.flatnonzero(self._alive))
 
     def _warm_up_again(self) -> None:
         """Have a first window filled anew; what entities learned before that stays."""
@@ -514,8 +548,9 @@ class PartitionBuffer:
                 on_time = np.flatnonzero(timely[index:end]) + index
                 self._note_offsets(slots[on_time], offsets[on_time], before[on_time])
                 chosen = np.flatnonzero(keep[index:end]) + index
-                self._place(batch, start, chosen, slots[chosen])
+                rows = self._place(batch, start, chosen, slots[chosen])
                 self.watermark_ms = int(watermarks[end - 1])
+                yield from self._close_runs(np.unique(rows))
                 yield from self._close(grid.closed_before(self.watermark_ms))
                 index = end
             else:
@@ -538,9 +573,8 @@ class PartitionBuffer:
             point = ReplayPoint(int(offsets[i]), int(before[i]))
             self._slot_offsets.setdefault(int(slots[i]), point)
 
-    def _place(self, batch: ReadingBatch, start: int, chosen: Rows, at: NDArray[np.int64]) -> None:
-        if not len(chosen):
-            return
+    def _place(self, batch: ReadingBatch, start: int, chosen: Rows, at: NDArray[np.int64]) -> Rows:
+        """Write readings into their slots; return their rows."""
         names = self.names
         rows = np.empty(len(chosen), np.intp)
         for i, j in enumerate(chosen.tolist()):
@@ -559,23 +593,36 @@ class PartitionBuffer:
         values = batch.values[start + chosen]
         key = rows.astype(np.int64) * self.grid.ring + positions
         rank = _rank_within(key)
-        for turn in range(int(rank.max()) + 1):
+        for turn in range(int(rank.max(initial=-1)) + 1):
             now = rank == turn
-            old = self._ring[rows[now], positions[now]]
-            new = values[now]
+            row, position = rows[now], positions[now]
+            old, new = self._ring[row, position], values[now]
             given = ~np.isnan(new)
+            repeated = (given & ~np.isnan(old)).any(axis=1)
+            done = at[now] < self._ahead[row]
+            if self._close_complete:
+                done[self._complete(row, old)] = True
             if not self.priming:
-                self.placement.duplicates += int(np.sum((given & ~np.isnan(old)).any(axis=1)))
-            self._ring[rows[now], positions[now]] = np.where(given, new, old)
+                self.placement.duplicates += int(np.sum(repeated | done))
+            given &= ~done[:, None]
+            self._ring[row, position] = np.where(given, new, old)
             if self.grid.counters and batch.counters is not None:
                 exact = batch.counters[start + chosen[now]]
-                before = self._counters[rows[now], positions[now]]
-                kept = np.where(np.isnan(exact), before, exact)
-                self._counters[rows[now], positions[now]] = kept
+                before = self._counters[row, position]
+                kept = np.where(np.isnan(exact) | done[:, None], before, exact)
+                self._counters[row, position] = kept
+        return rows
+
+    def _complete(self, rows: Rows, cells: Float32) -> NDArray[np.bool_]:
+        """Whether all that is awaited of n rows is in an open slot's cells (n, D)."""
+        return np.asarray(~(np.isnan(cells) & self._awaited[rows]).any(axis=1), bool)
 
     # -- closing -------------------------------------------------------------------------------
 
     def _close(self, until: int) -> Iterator[Closing]:
+        """Close all slots before `until`, and what follows them and is complete."""
+        if self._closed >= until:
+            return
         lag = self.grid.lag
         while self._closed < until:
             if not self.names:
@@ -583,35 +630,66 @@ class PartitionBuffer:
                 return
             first = self._closed - lag
             stop = min(until, self._closed + self.grid.span)
+            rows = np.flatnonzero(self._alive)
             # An entity's end always ends a span, so that it does not depend on the batching.
-            expiry = first + self.grid.ttl_slots - int(self._silent[self._alive].max())
+            expiry = first + self.grid.ttl_slots - int(self._silent[rows].max())
             # It may be past already: the time to live was shortened between two runs.
             stop = max(min(stop, expiry + 1 + lag), self._closed + 1)
-            self._take_rates(stop)
-            closing = self._close_span(first, stop - lag)
+            begins = self._open(rows)
+            for begin in np.unique(begins[begins < stop]).tolist():
+                yield from self._close_rows(rows[begins == begin], begin, stop)
             self._closed = stop
-            if len(closing.rows):
-                yield closing
-            self._retire(closing)
+            self._retire(rows, first)
+        # Whose next slot waited, complete, for the one before it.
+        yield from self._close_runs(np.flatnonzero(self._alive))
 
-    def _take_rates(self, stop: int) -> None:
+    def _close_runs(self, rows: Rows) -> Iterator[Closing]:
+        """Close the complete slots with which the open ones of these rows begin."""
+        grid = self.grid
+        newest = self.watermark_ms // grid.period_ms
+        while self._close_complete and len(rows):
+            begins = self._open(rows)
+            # Warm-ups, and silences that may end an entity, are the watermark's business.
+            runs = begins - grid.lag >= self._ready[rows]
+            runs &= self._silent[rows] + grid.lag <= grid.ttl_slots
+            stops = begins.copy()
+            for _ in range(grid.span):
+                runs &= stops <= newest
+                on = np.flatnonzero(runs)
+                cells = self._ring[rows[on], stops[on] % grid.ring]
+                runs[on] = self._complete(rows[on], cells)
+                stops += runs
+                if not runs.any():
+                    break
+            bounds = np.stack([begins, stops], 1)[stops > begins]
+            rows = rows[stops > begins]
+            for begin, stop in np.unique(bounds, axis=0).tolist():
+                yield from self._close_rows(rows[(bounds == (begin, stop)).all(1)], begin, stop)
+
+    def _close_rows(self, rows: Rows, begin: int, stop: int) -> Iterator[Closing]:
+        """Close the slots of rows whose oldest open one is `begin`."""
+        lag = self.grid.lag
+        self._take_rates(rows, begin, stop)
+        self._ahead[rows] = stop
+        born = rows[self._first[rows] < stop - lag]
+        if len(born):
+            yield self._close_span(born, begin - lag, stop - lag)
+
+    def _take_rates(self, rows: Rows, begin: int, stop: int) -> None:
         """Turn the counters of the slots that close now into rates."""
         grid = self.grid
         if not grid.counters:
             return
-        rows = np.flatnonzero(self._alive)
-        slots = np.arange(self._closed - grid.lookback, stop)
+        slots = np.arange(begin - grid.lookback, stop)
         rates = counter_rates(self._counters[rows[:, None], slots % grid.ring], grid.period_ms)
         at = slots[grid.lookback :] % grid.ring
         self._ring[rows[:, None, None], at[:, None], np.array(grid.counters)] = rates[
             :, grid.lookback :
         ]
 
-    def _close_span(self, start: int, stop: int) -> Closing:
+    def _close_span(self, rows: Rows, start: int, stop: int) -> Closing:
         grid = self.grid
         slots = np.arange(start, stop)
-        rows = np.flatnonzero(self._alive)
-        rows = rows[self._first[rows] < stop]
         values = self._ring[rows[:, None], slots % grid.ring]
         counted = slots[None, :] > self._restored[rows][:, None]
         born = slots[None, :] >= self._first[rows][:, None]
@@ -666,11 +744,11 @@ class PartitionBuffer:
     def _collect_statistics(
         self, rows: Rows, values: Float32, counted: NDArray[np.bool_], slots: NDArray[np.int64]
     ) -> None:
-        for row in sorted(self._newcomers):
+        for row in sorted(self._newcomers.intersection(rows.tolist())):
             entity = self.entity(row)
-            i = int(np.searchsorted(rows, row))
-            if entity.sums is None or i == len(rows) or rows[i] != row:
+            if entity.sums is None:
                 continue
+            i = int(np.searchsorted(rows, row))
             mine = values[i][counted[i] & (slots < self._ready[row])].astype(np.float64)
             seen = ~np.isnan(mine)
             filled = np.where(seen, mine, 0.0)
@@ -759,16 +837,19 @@ class PartitionBuffer:
         late = {row: begin for row, begin in begins.items() if begin < stop}
         return tuple(self._spans(np.array([*late], np.intp), np.array([*late.values()]), stop))
 
-    def _retire(self, closing: Closing) -> None:
-        """Free the slots that no window needs any more, and entities past their time to live."""
+    def _retire(self, rows: Rows, first: int) -> None:
+        """Free the slots that no window needs any more, and entities past their time to live.
+
+        Slots from `first` on have just been scored.
+        """
         grid = self.grid
         next_slot = self._closed - grid.lag
-        old = np.arange(closing.first_slot - grid.reach, next_slot - grid.reach) % grid.ring
+        old = np.arange(first - grid.reach, next_slot - grid.reach) % grid.ring
         self._ring[:, old] = np.nan
         self._counters[:, old] = np.nan
         if grid.block:
             self._calm[:, old] = False
-        for row in closing.rows[closing.silent[:, -1] > grid.ttl_slots].tolist():
+        for row in rows[self._silent[rows] > grid.ttl_slots].tolist():
             name, ring = self.entity(row).name, self._ring[row].copy()
             counters = self._counters[row].copy()
             self._remove(row)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.buffer import EntitySnapshot, ReplayPoint
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, ReplayPoint
 from stream.decide import AlertState
 from stream.formats.base import Decoded
 from stream.learning import Learned
@@ -232,6 +232,7 @@ def encode_snapshot(snapshot: EntitySnapshot) -> bytes:
             "learned": learned and {"slot": learned.slot, "state": _pack(learned.state)},
             "learned_by": snapshot.learned_by,
             "runs": snapshot.runs and [_pack(part) for part in snapshot.runs],
+            "offset": snapshot.offset,
         }
     )
 
@@ -257,6 +258,7 @@ def decode_snapshot(value: bytes) -> EntitySnapshot | None:
             learned=learned and Learned(learned["slot"], _unpack(learned["state"], np.float32)),
             learned_by=record["learned_by"],
             runs=_unpack_runs(record.get("runs")),
+            offset=record.get("offset", UNKNOWN_OFFSET),
         )
     except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         return None
@@ -270,6 +272,7 @@ class CommitMetadata(msgspec.Struct, frozen=True):
     watermark_ms: int
     period_ms: int
     format: int = 1
+    close_complete: bool = False
 
     def encode(self) -> str:
         """As the text that Kafka keeps beside the offset."""

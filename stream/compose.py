@@ -118,6 +118,7 @@ def grid_of(model: Model, config: ServiceConfig) -> Grid:
         block=0 if learner is None else learner.block,
         context=0 if learner is None else learner.context,
         counters=rate_channels(detector.channels, config.input.rate),
+        close_complete=config.grid.close_complete,
     )
     if grid.ttl_slots < grid.replay_slots:
         # A forgotten entity that comes back must not find its earlier life in the replayed log.

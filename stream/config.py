@@ -401,7 +401,15 @@ class GridSection(_Section):
         "How far behind the newest reading of its partition a reading may come and still count. "
         "Agents such as Telegraf write every 10 s, each at its own moment, so with less than that "
         "the first host to report a new slot would close the old one for the others; it delays "
-        "scores by as much. 0s where all readings of a partition come in order",
+        "the scores of incomplete slots by as much. 0s where all readings of a partition come in "
+        "order",
+    )
+    close_complete: bool = Field(
+        default=True,
+        description="Score a slot as soon as it is complete, that is, has a reading of every "
+        "channel that training saw of this entity, instead of when its time and the lateness are "
+        "over; what comes for it later is a duplicate. false where a slot's last reading is the "
+        "one that counts, or readings are corrected",
     )
     max_ahead_ms: PositiveDurationMs = _duration(
         "max_ahead",

@@ -147,7 +147,8 @@ class ServiceMetrics:
         self._stages = {stage: durations.labels(stage) for stage in STAGES}
         self._latency = _BatchHistogram(
             "tsdiff_end_to_end_latency_seconds",
-            "Time from the append of the reading that closed a slot to the slot's score.",
+            "Time from the append of a reading until what it led to was committed; each reading "
+            "of a batch counts as the oldest one.",
             LATENCY_BUCKETS_SECONDS,
         )
         registry.register(self._latency)

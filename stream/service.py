@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
 import structlog
 
 from stream.buffer import Closing, EntitySnapshot, Grid, PartitionBuffer
@@ -161,6 +162,7 @@ class Service:
             watermark_ms=metadata.replay_watermark_ms,
             prime_until=resume.next_offset,
             prime_watermark_ms=metadata.watermark_ms,
+            prime_complete=metadata.close_complete,
             warm_again=resume.lost is not None,
         )
         fitting = [s for s in resume.snapshots if self._fits(s)]
@@ -214,6 +216,7 @@ class Service:
                 replay_watermark_ms=replay.watermark_ms,
                 watermark_ms=buffer.watermark_ms,
                 period_ms=self._grid.period_ms,
+                close_complete=self._grid.close_complete,
             ),
         )
 
@@ -230,7 +233,9 @@ class Service:
             metrics.duplicate_readings(placement.duplicates)
             metrics.unknown_channels(placement.unknown_channels)
             if batch.received_at and placement.placed:
-                metrics.end_to_end_latency(self._clock() - batch.received_at)
+                # Per reading: a few slow rounds are many readings that waited.
+                latency = self._clock() - batch.received_at
+                metrics.end_to_end_latency(np.full(placement.placed, latency))
             self._notice_spread(batch)
         for letter in round_.dead_letters:
             metrics.dead_letter(letter.reason)

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import structlog
@@ -28,7 +28,7 @@ from kafka.errors import (
 )
 from kafka.structs import TopicPartition
 
-from stream.buffer import EntitySnapshot, Grid
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, Grid
 from stream.clients import connect
 from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
@@ -466,7 +466,9 @@ class KafkaSource:
         snapshots = read_snapshots(
             self._config,
             {
-                p.partition: None if m is None else self._grid.last_scored(m.watermark_ms)
+                p.partition: None
+                if m is None
+                else Commit(committed[p].offset, self._grid.last_scored(m.watermark_ms))
                 for p, m in metadata.items()
             },
             self._options,
@@ -646,17 +648,23 @@ def state_key(group: str, entity: str) -> bytes:
     return f"{group}\x00{entity}".encode()
 
 
+class Commit(NamedTuple):
+    """Where a partition was committed: the next offset, and which slot was scored last of all."""
+
+    offset: int
+    last_slot: int
+
+
 def read_snapshots(
     config: ServiceConfig,
-    wanted: Mapping[int, int | None],
+    wanted: Mapping[int, Commit | None],
     client_options: Mapping[str, Any],
 ) -> dict[int, list[EntitySnapshot]]:
     """Read state partitions to their ends: of each entity the newest snapshot.
 
-    `wanted` says of each partition which slot was scored last (None: unknown). Snapshots of later
-    slots are passed over: a service that wrote them without a transaction, at-least-once, died
-    before it committed, or it was set back by hand. So are older ones that such a service wrote
-    late.
+    `wanted` says where each partition was committed (None: unknown). Snapshots from beyond that are
+    passed over: a service that wrote them without a transaction, at-least-once, died before it
+    committed, or it was set back by hand. So are older ones that such a service wrote late.
 
     Raises:
         RetryableError: the end was not reached in time.
@@ -700,7 +708,7 @@ def read_snapshots(
 def _keep_newest(
     found: dict[bytes, EntitySnapshot],
     record: Any,  # noqa: ANN401 - kafka-python is untyped
-    last: int | None,
+    commit: Commit | None,
 ) -> None:
     if record.value is None:
         found.pop(record.key, None)
@@ -709,8 +717,14 @@ def _keep_newest(
     if snapshot is None:
         found.pop(record.key, None)
         return
-    if last is not None and snapshot.slot > last:
+    if commit is not None and _beyond(snapshot, commit):
         return
     before = found.get(record.key)
-    if before is None or last is None or snapshot.slot >= before.slot:
+    if before is None or commit is None or snapshot.slot >= before.slot:
         found[record.key] = snapshot
+
+
+def _beyond(snapshot: EntitySnapshot, commit: Commit) -> bool:
+    if snapshot.offset == UNKNOWN_OFFSET:
+        return snapshot.slot > commit.last_slot
+    return snapshot.offset > commit.offset

@@ -64,6 +64,12 @@ def longest_runs(values: Float32) -> Counts:
     return np.stack([np.minimum(gap, NEVER), still]).astype(np.int32)
 
 
+def ever_read(longest: Counts) -> NDArray[np.bool_]:
+    """Which channels (*n, D) had any reading where `longest` (*n, 2, D) was taken; all if none."""
+    read: NDArray[np.bool_] = longest[..., 1, :] > 0
+    return read | ~read.any(-1, keepdims=True)
+
+
 def too_long(longest: Counts, patience: int) -> Counts:
     """Runs from which on a channel is dead (gap) or stuck (standstill): as `longest`, in slots."""
     limits: Counts = 2 * longest + patience

@@ -581,6 +581,97 @@ def test_a_shorter_time_to_live_after_a_restart_forgets_the_silent_ones() -> Non
     assert list(tape.slots["a"]) == []
 
 
+# -- complete slots, closed at once ------------------------------------------------------------
+
+
+def eager(**changes: int) -> Grid:
+    return grid(close_complete=True, **changes)
+
+
+def test_a_complete_slot_closes_with_its_last_reading_and_waits_for_nobody() -> None:
+    #  slot   0    1    2    3
+    #         ab   ab   a    a         two slots of warm-up, then a is scored as it speaks
+    tape = Tape(eager())
+    assert tape.feed(*(reading(e, slot) for slot in (0, 1) for e in "ab")) == []
+    assert tape.feed(("a", 21, 7, None)) == [0]
+    assert tape.feed(("a", 22, None, 8)) == []  # 1 is in the warm-up: it waits
+    assert tape.feed(reading("a", 3)) == [1, 2, 3]
+    assert tape.values("a") == {0: (0, 0), 1: (1, 0), 2: (7, 8), 3: (3, 0)}
+    assert tape.windows["a", 3] == [(1, 0), (7, 8), (3, 0)]
+    assert tape.feed(reading("b", 3)) == []  # b's slot 2 may still be filled
+    assert tape.feed(reading("b", 2)) == [2, 3]
+    assert tape.values("b") == {slot: (slot, 0) for slot in range(4)}
+    assert tape.buffer.next_slot == 2
+
+
+def test_what_is_incomplete_closes_as_ever_and_lets_go_of_what_waited_behind_it() -> None:
+    #  slot   2      3    4    5
+    #         a(-)   a    a         slot 2 has one of two channels; 5 closes it, by b's clock
+    tape = Tape(eager())
+    tape.feed(reading("a", 0), reading("a", 1), ("a", 20, 2, None))
+    assert tape.feed(reading("a", 3)) == [1]
+    assert tape.feed(reading("a", 4)) == [2, 3, 4]
+    assert tape.values("a")[2] == (2, None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_complete_slot_takes_no_more_readings(together: bool) -> None:
+    tape = Tape(eager())
+    tape.feed(*(reading("a", slot) for slot in range(4)))
+    readings = [("a", 40, 1, 1), ("a", 41, 2, 2), ("a", 42, None, 3), reading("a", 5)]
+    for fed in [readings] if together else [[one] for one in readings]:
+        tape.feed(*fed)
+    assert tape.values("a")[4] == (1, 1)
+    assert tape.buffer.placement.duplicates == 2
+    assert tape.windows["a", 5] == [(3, 0), (1, 1), (5, 0)]
+
+
+def test_what_training_never_saw_of_an_entity_is_not_waited_for() -> None:
+    class OnlyTheFirst(FakeScorer):
+        def longest_runs(self, rows: np.ndarray) -> np.ndarray:
+            longest = super().longest_runs(rows)
+            longest[rows == 0, 1, 1] = 0  # the second channel of entity a never had a reading
+            return longest
+
+    tape = Tape(buffer=PartitionBuffer(eager(), OnlyTheFirst()))
+    for slot in range(4):
+        tape.feed(*((name, slot * 10, 1, None) for name in "ac"))
+    assert list(tape.slots["a"]) == [0, 1, 2, 3]
+    assert list(tape.slots["c"]) == [0, 1]
+
+
+def test_a_snapshot_says_how_far_its_entity_is_and_the_log_was_read() -> None:
+    tape = Tape(eager())
+    tape.feed(*(reading(e, slot) for slot in range(5) for e in "ab"), reading("a", 5))
+    tape.buffer.mark_dirty(tape.buffer.names["a"])
+    due = {s.entity: s for s in tape.buffer.snapshots()[0]}
+    assert {name: (s.slot, s.offset) for name, s in due.items()} == {"a": (5, 11), "b": (4, 11)}
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+def test_who_changes_the_rule_between_two_runs_gets_every_slot_once(
+    before: bool, after: bool
+) -> None:
+    log = [reading("a", slot) for slot in range(8)]
+    first = Tape(grid(close_complete=before))
+    first.feed(*log[:6])
+    buffer = PartitionBuffer(
+        grid(close_complete=after),
+        FakeScorer(),
+        watermark_ms=-10,
+        prime_until=6,
+        prime_watermark_ms=55,
+        prime_complete=before,
+    )
+    buffer.restore([snapshot("a", -1)])
+    second = Tape(buffer=buffer)
+    second.feed(*log[:6], ("a", 55, 99, 99), *log[6:], reading("a", 8))
+    assert buffer.placement.duplicates == 1
+    assert second.windows["a", 6][1] == (5, 0)  # what was told is not changed any more
+    told = [slot for slot, closed in second.slots["a"].items() if closed.emit]
+    assert sorted([*first.slots["a"], *told]) == list(range(9 if after else 7))
+
+
 # -- against a model that is too simple to be wrong --------------------------------------------
 
 
@@ -600,12 +691,14 @@ def logs(draw: st.DrawFn) -> list[Reading]:
     lateness_ms=st.sampled_from([0, 4, 10, 25]),
     cuts=st.sets(st.integers(1, 49)),
     span=st.sampled_from([1, 2, 5]),
+    complete=st.booleans(),
 )
 @settings(max_examples=120, deadline=None)
 def test_slots_and_values_are_those_of_a_simple_model(
-    log: list[Reading], lateness_ms: int, cuts: set[int], span: int
+    log: list[Reading], lateness_ms: int, cuts: set[int], span: int, complete: bool
 ) -> None:
-    tape = Tape(grid(lateness_ms=lateness_ms, span=span, ttl_slots=10_000))
+    shape = grid(lateness_ms=lateness_ms, span=span, ttl_slots=10_000, close_complete=complete)
+    tape = Tape(shape)
     bounds = [0, *sorted(cut for cut in cuts if cut < len(log)), len(log)]
     for begin, end in pairwise(bounds):
         tape.feed(*log[begin:end])
@@ -620,18 +713,23 @@ def test_slots_and_values_are_those_of_a_simple_model(
         watermark = max(watermark, timestamp_ms)
         if (a, b) != (None, None):
             row = table[entity].setdefault(slot, [None, None])
+            if complete and None not in row:
+                continue  # it takes no more
             row[:] = [old if new is None else new for old, new in zip(row, (a, b), strict=True)]
-    closed = (watermark - lateness_ms) // 10
-    expected = {
-        entity: {slot: tuple(rows.get(slot, GONE)) for slot in range(min(rows), closed)}
-        for entity, rows in table.items()
-    }
+    expected: dict[str, dict[int, Cells]] = {}
+    for entity, read in table.items():
+        rows = {slot: tuple(row) for slot, row in read.items()}
+        closed = (watermark - lateness_ms) // 10
+        ready = min(rows) + (shape.newcomer_slots if entity == "n" else shape.warmup_slots)
+        while complete and closed >= ready and None not in rows.get(closed, GONE):
+            closed += 1
+        expected[entity] = {s: rows.get(s, GONE) for s in range(min(rows), closed)}
     assert {e: tape.values(e) for e in expected} == expected
     assert tape.buffer.placement.late == late
     assert tape.buffer.placement.placed == len(log) - late
     for (entity, slot), window in tape.windows.items():
-        rows = expected[entity]
-        assert window == [rows.get(s, GONE) for s in range(slot - 2, slot + 1)]
+        told = expected[entity]
+        assert window == [told.get(s, GONE) for s in range(slot - 2, slot + 1)]
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ def test_backfill_says_what_it_did(run_backfill: Backfill, frame: pa.Table, tmp_
     status, out, warnings = run_backfill(frame, "--set", "grid.lateness=0s")
     assert (status, warnings) == (0, [])
     path = tmp_path / "scores.parquet"
-    assert out == f"30 readings of 1 entities, 29 scores and 0 alerts -> {path}\n"
+    assert out == f"30 readings of 1 entities, 30 scores and 0 alerts -> {path}\n"
     scores = pq.read_table(path).to_pylist()
-    assert [row["state"] for row in scores] == ["warming"] * 16 + ["ok"] * 13
+    assert [row["state"] for row in scores] == ["warming"] * 16 + ["ok"] * 14
     assert {row["entity"] for row in scores} == {"web-1"}
     assert not list(tmp_path.glob("*.partial"))
 

@@ -92,6 +92,8 @@ def test_all_formats_give_the_same_scores_and_poison_is_sent_again(
         ),
         (),
     )
+    # The newest slot stays open where something is missing.
+    slots = sum(40 - int(np.isnan(e.values[-1]).any()) for e in history.entities)
     formats: dict[str, Callable[[History], Messages]] = {
         "native": native,
         "telegraf-influx": one_line_a_channel,
@@ -109,10 +111,10 @@ def test_all_formats_give_the_same_scores_and_poison_is_sent_again(
                 for key, message in messages(history):
                     producer.send(topic, key=key.encode(), value=message)
                 producer.flush()
-            run(model, deployed, 2 * 39)
+            run(model, deployed, slots)
             found[name] = deployed.read_scores()
             assert_sent_again(deployed)
-    assert len(found["native"]) == 2 * 39
+    assert len(found["native"]) == slots
     assert {s["state"] for s in found["native"].values()} > {"warming"}
     for other in ("telegraf-influx", "otlp-proto"):
         assert found[other].keys() == found["native"].keys()

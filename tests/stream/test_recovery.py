@@ -35,6 +35,8 @@ class Kind:
 
     learns: bool
     lag: int
+    complete: bool = False
+    """Whether complete slots are closed at once."""
 
     def scorer(self) -> FakeScorer:
         learner = FakeLearner() if self.learns else None
@@ -42,13 +44,18 @@ class Kind:
 
 
 PLAIN = Kind(learns=False, lag=0)
-KINDS = (PLAIN, Kind(learns=True, lag=0), Kind(learns=False, lag=2), Kind(learns=True, lag=2))
+KINDS = tuple(
+    Kind(learns=learns, lag=lag, complete=complete)
+    for complete in (False, True)
+    for lag in (0, 2)
+    for learns in (False, True)
+)
 
 
 def work(log: list[Reading], cuts: list[int], committed: Committed, kind: Kind = PLAIN) -> None:
     """Process the log from the last commit to the last cut, committing at every cut."""
     scorer = kind.scorer()
-    shape = scorer.grid()
+    shape = scorer.grid(close_complete=kind.complete)
     metadata = CommitMetadata.decode(committed.metadata)
     buffer = PartitionBuffer(shape, scorer)
     at = committed.offset
@@ -60,6 +67,7 @@ def work(log: list[Reading], cuts: list[int], committed: Committed, kind: Kind =
             watermark_ms=metadata.replay_watermark_ms,
             prime_until=committed.offset,
             prime_watermark_ms=metadata.watermark_ms,
+            prime_complete=metadata.close_complete,
         )
         snapshots = [decode_snapshot(value) for value in committed.state.values()]
         buffer.restore([s for s in snapshots if s is not None])
@@ -85,7 +93,11 @@ def commit(buffer: PartitionBuffer, at: int, verdicts: Verdicts, committed: Comm
     replay = buffer.replay_point(at)
     committed.offset = at
     committed.metadata = CommitMetadata(
-        replay.offset, replay.watermark_ms, buffer.watermark_ms, 10
+        replay.offset,
+        replay.watermark_ms,
+        buffer.watermark_ms,
+        10,
+        close_complete=buffer.grid.close_complete,
     ).encode()
 
 
@@ -151,6 +163,25 @@ def test_crashes_do_not_change_the_scores(
         work(log, [*cuts, crash], crashing, kind)
     assert told(crashing) == told(undisturbed)
     assert changes(crashing) == changes(undisturbed)
+
+
+@given(data=st.data(), log=logs(), learns=st.booleans(), lag=st.sampled_from([0, 2]))
+@settings(max_examples=100, deadline=None)
+def test_who_changes_when_slots_close_loses_and_repeats_none(
+    data: st.DataObject, log: list[Reading], learns: bool, lag: int
+) -> None:
+    late, eager = (Kind(learns=learns, lag=lag, complete=complete) for complete in (False, True))
+    changing = Committed()
+    stops = sorted(data.draw(st.sets(st.integers(1, len(log)), max_size=6)))
+    for stop in [*stops, len(log)]:
+        work(log, [stop], changing, data.draw(st.sampled_from([late, eager])))
+    slots = [(s.entity, s.timestamp_ms) for s in changing.scores]
+    assert len(set(slots)) == len(slots)
+    fewest, most = Committed(), Committed()
+    work(log, [len(log)], fewest, late)
+    work(log, [len(log)], most, eager)
+    assert {(s.entity, s.timestamp_ms) for s in fewest.scores} <= set(slots)
+    assert {(s.entity, s.timestamp_ms) for s in most.scores} >= set(slots)
 
 
 def test_silence_is_counted_across_a_crash() -> None:

@@ -7,6 +7,8 @@ reading a slot, of which one may be late, so that of n slots all but the last tw
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from stream.codec import CommitMetadata
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, Grid
+from stream.codec import CommitMetadata, encode_snapshot
 from stream.config import ServiceConfig, load_config
+from stream.decide import AlertState
 from stream.errors import RetryableError, StreamError
 from stream.formats.native import decode_native
 from stream.http import Health
@@ -28,8 +32,10 @@ from stream.service import Service
 from stream.sinks import KafkaSink
 from stream.sources import (
     LOSSES,
+    Commit,
     KafkaSource,
     Resume,
+    _keep_newest,
     read_snapshots,
     where_to_resume,
 )
@@ -48,7 +54,7 @@ WARMING = GRID.warmup_slots
 class Live:
     """A service on a real broker, turned by hand."""
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, config: ServiceConfig, grid: Grid) -> None:
         self.registry = CollectorRegistry()
         metrics = ServiceMetrics(
             self.registry, channels=("a", "b"), max_entities=9, top_channels=1, entity_ttl_s=60
@@ -57,10 +63,10 @@ class Live:
         options = {"metadata_max_age_ms": 1000}
         largest = prepare_topics(config)
         self.source = KafkaSource(
-            config, SCORER.channels, decode_native, GRID, client_options=options
+            config, SCORER.channels, decode_native, grid, client_options=options
         )
         self.sink = KafkaSink(config, self.source.consumer, largest_dead_letter=largest)
-        self.service = Service(self.source, self.sink, SCORER, GRID, SCORING, metrics, Health())
+        self.service = Service(self.source, self.sink, SCORER, grid, SCORING, metrics, Health())
 
     def count(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(f"tsdiff_{name}_total", labels) or 0.0
@@ -90,6 +96,7 @@ class Bench:
 
     def __init__(self, servers: str, topic: str) -> None:
         self.servers, self.topic = servers, topic
+        self.grid = GRID
         self.partition = TopicPartition(topic, 0)
         self.config = self.configured()
         self.producer = KafkaProducer(bootstrap_servers=servers)
@@ -120,7 +127,7 @@ class Bench:
         self.producer.flush()
 
     def start(self) -> Live:
-        self.lives.append(Live(self.config))
+        self.lives.append(Live(self.config, self.grid))
         return self.lives[-1]
 
     def first_life(self) -> None:
@@ -238,6 +245,20 @@ def test_readings_below_retention_are_counted_and_every_slot_is_told(bench: Benc
     assert live.lost() == {"readings": 1}
 
 
+def test_complete_slots_below_retention_are_told_at_least_once(bench: Bench) -> None:
+    # 59 and 60 were told ahead of the watermark, and nothing is left that says so.
+    bench.grid = replace(GRID, close_complete=True)
+    bench.first_life()
+    bench.send(range(61, 81))
+    bench.forget(65)
+    live = bench.start()
+    live.score(22)
+    found = [slot for slot, _ in bench.states()]
+    assert sorted(set(found)) == [*range(81)]
+    assert sorted(found) == sorted([*range(81), 59, 60])
+    assert live.lost() == {"readings": 1}
+
+
 def test_a_partition_that_loses_what_it_was_to_read_next_goes_on(bench: Bench) -> None:
     bench.send(range(20))
     live = bench.start()
@@ -331,9 +352,11 @@ def test_added_partitions_are_taken_while_the_service_runs(bench: Bench) -> None
     assert bench.states("b")[:3] == slots((range(61, 63), "warming"), (range(63, 64), "ok"))
 
 
+@pytest.mark.parametrize("complete", [False, True])
 def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_over(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, complete: bool
 ) -> None:
+    bench.grid = replace(GRID, close_complete=complete)
     bench.config = bench.configured(**{"delivery.mode": "at-least-once"})
     bench.first_life()
     bench.send(range(61, 81))
@@ -350,9 +373,26 @@ def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_ov
     live = bench.start()
     live.score(20)
     found = bench.states()
-    assert len(found) == 79 + 20  # the round that was not committed is there twice
-    assert sorted(set(found)) == slots(*FIRST_LIFE, (range(59, 79), "ok"))
+    told = 81 if complete else 79
+    assert len(found) == told + 20  # the round that was not committed is there twice
+    assert sorted(set(found)) == slots(*FIRST_LIFE, (range(59, told), "ok"))
     assert not live.lost()
+
+
+def test_a_snapshot_from_beyond_the_commit_is_known_by_its_offset_or_else_its_slot() -> None:
+    def kept(*snapshots: EntitySnapshot) -> list[int]:
+        found: dict[bytes, EntitySnapshot] = {}
+        for snapshot in snapshots:
+            record = SimpleNamespace(key=b"k", value=encode_snapshot(snapshot))
+            _keep_newest(found, record, Commit(offset=100, last_slot=50))
+        return [snapshot.slot for snapshot in found.values()]
+
+    def taken(slot: int, offset: int) -> EntitySnapshot:
+        return EntitySnapshot("a", slot, 0, 0, AlertState("ok"), offset=offset)
+
+    # An entity may be ahead of the slots that are closed for all.
+    assert kept(taken(40, 90), taken(52, 100), taken(53, 101)) == [52]
+    assert kept(taken(40, 90), taken(49, UNKNOWN_OFFSET), taken(51, UNKNOWN_OFFSET)) == [49]
 
 
 @pytest.mark.parametrize("heals", [True, False])
