@@ -160,9 +160,9 @@ def backfill(
 ) -> None:
     """Score history through the same loop as live: to Parquet, to Prometheus, or both.
 
-    A slot is scored, as live, once a reading beyond its end and grid.lateness shows that it is
-    over; the newest one or two stay open. Series for Prometheus are those of the service's
-    /metrics, each sample with the time of its slot.
+    A slot is scored, as live, once it is complete or a reading beyond its end and grid.lateness
+    shows that it is over; what is incomplete of the newest stays open. Series for Prometheus are
+    those of the service's /metrics, each sample with the time of its slot.
 
     Examples:
 
