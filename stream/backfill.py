@@ -87,9 +87,8 @@ def backfill(
 
     `progress` is told how many readings are done. A slot is scored once it is complete or a later
     reading has shown that it is over, exactly as live: of the newest slot of the history, what is
-    incomplete stays open. Slots outside of
-    `span` are not written; what was before it is read all the same, so that scores do not depend
-    on where it begins.
+    incomplete stays open. Slots outside of `span` are not written; what was before it is read all
+    the same, so that scores do not depend on where it begins.
     """
     source = HistorySource(history, progress)
     outputs = list(others)
@@ -164,8 +163,7 @@ def refuse_recent(history: History, grid: Grid, span: Span, now_ms: float) -> No
     """
     period = grid.period_ms
     newest = max(int(e.timestamps_ms[-1]) for e in history.entities)
-    over = (newest - grid.lateness_ms) // period - 1
-    last = (newest // period if grid.close_complete else over) * period
+    last = period * (newest // period if grid.close_complete else grid.closed_before(newest) - 1)
     limit = math.floor((now_ms - HEAD_MS) / period) * period
     begin = max(limit, span.since_ms)
     if begin > last or begin >= span.until_ms:

@@ -90,27 +90,26 @@ def test_live_scores_of_labelled_telemetry(
     test = load_history(data, period_ms=period_ms, part="test")
     tsdiff("replay", data, "--to", topic, "-b", kafka, "--period", period)
     readings = sum(len(e.timestamps_ms) for e in test.entities)
-    expected = readings
     with deployment(kafka, topic, bundle, tmp_path) as deployed:
         killed = deployed.start(input__max_poll_records=500)
-        deployed.wait_for_scores(expected // 2, killed, 300)
+        deployed.wait_for_scores(readings // 2, killed, 300)
         killed.kill()
         halfway = len(deployed.read_scores())
-        assert halfway < expected
+        assert halfway < readings
         worker = deployed.start()
         worker.wait_for("partition assigned")
         began = time.monotonic()
-        deployed.wait_for_scores(expected, worker, 300)
+        deployed.wait_for_scores(readings, worker, 300)
         seconds = time.monotonic() - began
         peak = peak_memory_mib(worker.process.pid)
         assert worker.stop() == 0
         # read_scores fails on a slot that is there twice.
         scores = deployed.read_scores()
-        assert len(scores) == expected
+        assert len(scores) == readings
         alerts = [json.loads(r.value) for r in deployed.records(deployed.alerts)]
     print(
         f"{name}: {readings} readings in, {len(scores)} scores out; killed at {halfway}; "
-        f"{(expected - halfway) / seconds:.0f} scores/s after the restart, as seen by a reader; "
+        f"{(readings - halfway) / seconds:.0f} scores/s after the restart, as seen by a reader; "
         f"peak memory of the service {peak:.0f} MiB"
     )
     report(name, data, train, test, scores, alerts)

@@ -584,14 +584,13 @@ def test_a_shorter_time_to_live_after_a_restart_forgets_the_silent_ones() -> Non
 # -- complete slots, closed at once ------------------------------------------------------------
 
 
-def eager(**changes: int) -> Grid:
-    return grid(close_complete=True, **changes)
+EAGER = grid(close_complete=True)
 
 
 def test_a_complete_slot_closes_with_its_last_reading_and_waits_for_nobody() -> None:
     #  slot   0    1    2    3
     #         ab   ab   a    a         two slots of warm-up, then a is scored as it speaks
-    tape = Tape(eager())
+    tape = Tape(EAGER)
     assert tape.feed(*(reading(e, slot) for slot in (0, 1) for e in "ab")) == []
     assert tape.feed(("a", 21, 7, None)) == [0]
     assert tape.feed(("a", 22, None, 8)) == []  # 1 is in the warm-up: it waits
@@ -607,7 +606,7 @@ def test_a_complete_slot_closes_with_its_last_reading_and_waits_for_nobody() -> 
 def test_what_is_incomplete_closes_as_ever_and_lets_go_of_what_waited_behind_it() -> None:
     #  slot   2      3    4    5
     #         a(-)   a    a         slot 2 has one of two channels; 5 closes it, by b's clock
-    tape = Tape(eager())
+    tape = Tape(EAGER)
     tape.feed(reading("a", 0), reading("a", 1), ("a", 20, 2, None))
     assert tape.feed(reading("a", 3)) == [1]
     assert tape.feed(reading("a", 4)) == [2, 3, 4]
@@ -616,7 +615,7 @@ def test_what_is_incomplete_closes_as_ever_and_lets_go_of_what_waited_behind_it(
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_complete_slot_takes_no_more_readings(together: bool) -> None:
-    tape = Tape(eager())
+    tape = Tape(EAGER)
     tape.feed(*(reading("a", slot) for slot in range(4)))
     readings = [("a", 40, 1, 1), ("a", 41, 2, 2), ("a", 42, None, 3), reading("a", 5)]
     for fed in [readings] if together else [[one] for one in readings]:
@@ -633,7 +632,7 @@ def test_what_training_never_saw_of_an_entity_is_not_waited_for() -> None:
             longest[rows == 0, 1, 1] = 0  # the second channel of entity a never had a reading
             return longest
 
-    tape = Tape(buffer=PartitionBuffer(eager(), OnlyTheFirst()))
+    tape = Tape(buffer=PartitionBuffer(EAGER, OnlyTheFirst()))
     for slot in range(4):
         tape.feed(*((name, slot * 10, 1, None) for name in "ac"))
     assert list(tape.slots["a"]) == [0, 1, 2, 3]
@@ -641,7 +640,7 @@ def test_what_training_never_saw_of_an_entity_is_not_waited_for() -> None:
 
 
 def test_a_snapshot_says_how_far_its_entity_is_and_the_log_was_read() -> None:
-    tape = Tape(eager())
+    tape = Tape(EAGER)
     tape.feed(*(reading(e, slot) for slot in range(5) for e in "ab"), reading("a", 5))
     tape.buffer.mark_dirty(tape.buffer.names["a"])
     due = {s.entity: s for s in tape.buffer.snapshots()[0]}
