@@ -33,6 +33,7 @@ from stream.embedded import missing_extra
 from stream.errors import StreamError
 from stream.memory import peak_memory_bytes
 from stream.metrics import STAGES
+from stream.topics import await_topics
 from tsdiff.bundle import Bundle, load_bundle
 from tsdiff.config import MOST_FULL
 from tsdiff.errors import TsdiffError
@@ -191,6 +192,8 @@ class _Feeder:
                 "bootstrap.servers": servers,
                 "linger.ms": 5,
                 "queue.buffering.max.messages": 200_000,
+                # What is sent again would come after what was sent later, and be too late.
+                "enable.idempotence": True,
                 "log_level": 0,
             }
         )
@@ -263,7 +266,11 @@ def _topics(servers: str, name: str) -> Iterator[None]:
     except KafkaError as error:
         raise StreamError(f"expected a broker at {servers} (--kafka), got {error!r}") from error
     try:
-        admin.create_topics([NewTopic(name, _PARTITIONS, 1)])
+        try:
+            admin.create_topics([NewTopic(name, _PARTITIONS, 1)])
+            await_topics(admin, [name])
+        except KafkaError as error:
+            raise StreamError(f"creating topic {name} at {servers} failed: {error!r}") from error
         yield
         made = [found["name"] for found in admin.describe_topics()]
         admin.delete_topics([topic for topic in made if topic.startswith(name)])

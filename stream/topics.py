@@ -1,12 +1,13 @@
 """The topics of the service: checked, and where allowed created, before it starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import structlog
 from kafka import KafkaAdminClient
-from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.errors import InvalidPartitionsError, KafkaError, TopicAlreadyExistsError
+from kafka.structs import TopicPartition
 
 from stream.clients import connect
 from stream.config import ServiceConfig
@@ -125,8 +126,29 @@ def _ensure_outputs(admin: KafkaAdminClient, config: ServiceConfig, partitions: 
             _log.info("topic created", topic=name, partitions=partitions)
         except TopicAlreadyExistsError:
             continue  # another worker was quicker
-    admin.wait_for_topics(sorted(wanted))
+    await_topics(admin, sorted(wanted))
     _grow_state(admin, config, partitions)
+
+
+def await_topics(admin: KafkaAdminClient, names: Sequence[str]) -> None:
+    """Wait until every partition of topics that were created just now can be written to.
+
+    A broker names itself as the leader of a new partition before it takes anything for it. Of
+    several requests in flight the first may be refused then, and come after the others
+    (KAFKA-15591).
+
+    Raises:
+        KafkaError: they did not get there in time.
+
+    """
+    admin.wait_for_topics(names)
+    partitions = [
+        TopicPartition(topic["name"], partition["partition_index"])
+        for topic in admin.describe_topics(names)
+        for partition in topic["partitions"]
+    ]
+    # Only who leads a partition answers; kafka-python asks until somebody does.
+    admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
 
 
 def _grow_state(admin: KafkaAdminClient, config: ServiceConfig, partitions: int) -> None:

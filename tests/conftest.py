@@ -131,6 +131,8 @@ def make_topic(kafka: str) -> Iterator[MakeTopic]:
     """Return a function that creates topics; they are deleted when the test ends."""
     from kafka import KafkaAdminClient
 
+    from stream.topics import await_topics
+
     made: list[str] = []
     admin = KafkaAdminClient(bootstrap_servers=kafka)
 
@@ -139,8 +141,9 @@ def make_topic(kafka: str) -> Iterator[MakeTopic]:
     ) -> str:
         topic = f"{name}-{uuid.uuid4().hex[:12]}"
         options = {"num_partitions": partitions, "configs": dict(config or {})}
-        admin.create_topics({topic: options}, wait_for_metadata=True)
+        admin.create_topics({topic: options})
         made.append(topic)
+        await_topics(admin, [topic])
         return topic
 
     try:

@@ -186,6 +186,17 @@ def test_expect_topic_is_content_with_a_topic_and_creates_none(
     assert partition_count(admin, "no-such") is None
 
 
+def test_who_waited_for_a_new_topic_can_write_to_all_of_it(
+    make_topic: MakeTopic, kafka: str
+) -> None:
+    # It takes the broker a second to begin to lead so many, of which it tells at once.
+    last = 299
+    once = {"retries": 0, "enable_idempotence": False, "acks": "all"}
+    with KafkaProducer(bootstrap_servers=kafka, **once) as producer:
+        topic = make_topic(last + 1)  # waits with `await_topics`
+        assert producer.send(topic, b"x", partition=last).get(timeout=20).offset == 0
+
+
 @pytest.mark.parametrize("limit", [None, 100_000, 2_000_000])
 def test_the_largest_dead_letter_is_what_its_topic_takes(
     made: ServiceConfig, admin: KafkaAdminClient, kafka: str, limit: int | None
