@@ -115,13 +115,14 @@ def run_service_bench(
     servers: str,
     *,
     channels: int = 38,
+    services: int = 1,
     entities: int = 1000,
     backlog: int = 100_000,
     rate: float = 5_000.0,
     seconds: float = 30.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> Record:
-    """Measure the service on a real broker, with a bundle or a tiny one trained here.
+    """Measure one or more services on a real broker, with a bundle or a tiny one trained here.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -130,10 +131,11 @@ def run_service_bench(
     """
     from stream.bench_kafka import run_kafka_bench  # noqa: PLC0415 - loads kafka-python
 
-    if min(channels, entities, backlog) < 1 or min(rate, seconds) <= 0:
+    if min(channels, services, entities, backlog) < 1 or min(rate, seconds) <= 0:
         raise ConfigError(
-            "expected --channels, --entities and --backlog of at least 1, --rate and --seconds "
-            f"above 0, got {channels}, {entities}, {backlog}, {rate:g} and {seconds:g}"
+            "expected --channels, --services, --entities and --backlog of at least 1, --rate and "
+            f"--seconds above 0, got {channels}, {services}, {entities}, {backlog}, {rate:g} and "
+            f"{seconds:g}"
         )
     with tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder:
         model, bundle = _model_of(train, model, channels, Path(folder), say)
@@ -141,6 +143,7 @@ def run_service_bench(
         found |= run_kafka_bench(
             model,
             servers,
+            services=services,
             entities=entities,
             backlog=backlog,
             rate=rate,
@@ -646,7 +649,11 @@ def service_text(found: Record) -> str:
     memory = found["peak_service_memory_bytes"]
     facts = [
         ("model", f"{found['model']}, {found['channels']} channels"),
-        ("machine", f"{found['cpu']}, {found['cores']} cores for broker, producer and service"),
+        (
+            "machine",
+            f"{found['cpu']}, {found['cores']} cores for broker, producer and {found['services']} "
+            f"service{'' if found['services'] == 1 else 's'}",
+        ),
         ("entities", f"{found['entities']:,}"),
         (
             "backlog",

@@ -1,22 +1,21 @@
 """`tsdiff bench --kafka`: the service as its users run it, on a real broker, measured from outside.
 
-    producer (librdkafka) -> topic of two partitions -> `tsdiff run`, a process -> its four topics
-       warm-up and a backlog, sent before it starts        its /metrics, asked now and then
+    producer (librdkafka) -> topic, two partitions -> `tsdiff run`, one or more -> their four topics
+       warm-up and a backlog, sent before they start     their /metrics, asked now and then
        then readings at a steady rate
 
-Broker, producer and service share the cores of one machine; what is measured is what is left to
-the service. Everything goes to topics of a random name, which are deleted at the end.
+Broker, producer and services share the cores of one machine; what is measured is what is left to
+the services. Everything goes to topics of a random name, which are deleted at the end.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -59,6 +58,7 @@ def run_kafka_bench(
     model: Path,
     servers: str,
     *,
+    services: int,
     entities: int,
     backlog: int,
     rate: float,
@@ -70,38 +70,40 @@ def run_kafka_bench(
     Args:
         model: the bundle.
         servers: the broker, host:port.
+        services: how many share the work.
         entities: how many there are; the model knows none of them.
-        backlog: readings that are waiting when the service starts, beside those of the warm-up.
+        backlog: readings that are waiting when the services start, beside those of the warm-up.
         rate: readings a second afterwards.
         seconds: for how long.
         say: told what is being done.
 
     Raises:
-        TsdiffError: the broker does not answer, confluent-kafka is not installed, the service
+        TsdiffError: the broker does not answer, confluent-kafka is not installed, a service
             ended or stood still, or the backlog is too small to be measured.
 
     """
     bundle = load_bundle(model)
     name = f"tsdiff-bench-{uuid.uuid4().hex[:8]}"
     with (
-        _topics(servers, name),
+        _topics(servers, name, max(_PARTITIONS, services)),
         tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder,
     ):
         slots = _WARMUP_SLOTS + -(-backlog // entities)
         feeder = _Feeder(servers, name, bundle, entities)
         say(f"sending a backlog of {slots * entities:,} readings of {entities:,} entities")
         feeder.send_slots(slots)
-        say("starting the service")
-        with _service(model, servers, name, entities, Path(folder)) as service:
-            behind = _work_off(service, _WARMUP_SLOTS * entities, slots * entities)
+        say(f"starting {services} service{'' if services == 1 else 's'}")
+        with _group(services, model, servers, name, entities, Path(folder)) as group:
+            behind = _work_off(group, _WARMUP_SLOTS * entities, slots * entities)
             say(f"sending {rate:,.0f} readings/s for {seconds:g} s")
-            before = service.scrape()
+            before = group.scrape()
             sent = feeder.send_rate(rate, seconds)
-            service.until(slots * entities + sent)
-            after = service.scrape()
+            group.until(slots * entities + sent)
+            after = group.scrape()
             taken = after["tsdiff_readings_total"] - before["tsdiff_readings_total"]
             return {
                 **behind,
+                "services": services,
                 "entities": entities,
                 "backlog": backlog,
                 "rate": rate,
@@ -110,18 +112,18 @@ def run_kafka_bench(
                 "rate_share_kept": min(1.0, feeder.kept),
                 "latency_p50_seconds": quantile(0.5, before, after),
                 "latency_p99_seconds": quantile(0.99, before, after),
-                "lag_at_end_seconds": after["tsdiff_consumer_lag_seconds"],
-                "peak_service_memory_bytes": service.peak_memory_bytes(),
+                "lag_at_end_seconds": after[_BEHIND],
+                "peak_service_memory_bytes": group.peak_memory_bytes(),
                 "late_readings": after["tsdiff_late_readings_total"],
                 "dead_letters": after["tsdiff_dead_letters_total"],
             }
 
 
-def _work_off(service: "_Service", warmup: int, total: int) -> Record:
+def _work_off(group: "_Group", warmup: int, total: int) -> Record:
     """Wait until the backlog is read; the rate is that of what came after the warm-up."""
-    begun = service.until(warmup)
+    begun = group.until(warmup, all_by=total)
     at = time.monotonic()
-    ended = service.until(total)
+    ended = group.until(total)
     took = time.monotonic() - at
     stages = {stage: ended[_stage_sum(stage)] - begun[_stage_sum(stage)] for stage in STAGES}
     read = ended["tsdiff_readings_total"] - begun["tsdiff_readings_total"]
@@ -133,7 +135,9 @@ def _work_off(service: "_Service", warmup: int, total: int) -> Record:
     return {
         "readings_per_second": read / took,
         "lag_recovery_seconds": took,
-        "stage_share": {stage: spent / took for stage, spent in stages.items()},
+        "stage_share": {
+            stage: spent / took / len(group.services) for stage, spent in stages.items()
+        },
     }
 
 
@@ -141,10 +145,11 @@ def _stage_sum(stage: str) -> str:
     return f'tsdiff_batch_duration_seconds_sum{{stage="{stage}"}}'
 
 
+_BEHIND: Final = "tsdiff_consumer_lag_seconds"
 _LATENCY: Final = "tsdiff_end_to_end_latency_seconds_bucket{"
 _READ: Final = (
     "tsdiff_batch_duration_seconds_sum",
-    "tsdiff_consumer_lag_seconds",
+    _BEHIND,
     "tsdiff_dead_letters_total",
     "tsdiff_end_to_end_latency_seconds_bucket",
     "tsdiff_late_readings_total",
@@ -257,7 +262,7 @@ def _calm_values(bundle: Bundle) -> list[bytes]:
 
 
 @contextmanager
-def _topics(servers: str, name: str) -> Iterator[None]:
+def _topics(servers: str, name: str, partitions: int) -> Iterator[None]:
     """The input topic; it and what the service makes are deleted at the end."""
     try:
         admin = connect(
@@ -267,7 +272,7 @@ def _topics(servers: str, name: str) -> Iterator[None]:
         raise StreamError(f"expected a broker at {servers} (--kafka), got {error!r}") from error
     try:
         try:
-            admin.create_topics([NewTopic(name, _PARTITIONS, 1)])
+            admin.create_topics([NewTopic(name, partitions, 1)])
             await_topics(admin, [name])
         except KafkaError as error:
             raise StreamError(f"creating topic {name} at {servers} failed: {error!r}") from error
@@ -278,7 +283,7 @@ def _topics(servers: str, name: str) -> Iterator[None]:
         admin.close()
 
 
-# -- the service -------------------------------------------------------------------------------
+# -- the services ------------------------------------------------------------------------------
 
 
 class _Service:
@@ -302,7 +307,7 @@ class _Service:
             if self._process.poll() is not None:
                 raise TsdiffError(
                     f"expected the service to run, it ended with status "
-                    f"{self._process.returncode}: {self._last_line()}"
+                    f"{self._process.returncode}: {self.last_line()}"
                 )
             try:
                 if time.monotonic() - self._scraped_at > _PROMETHEUS_EVERY_S:
@@ -328,11 +333,29 @@ class _Service:
             raise LookupError("no address of its metrics yet")
         return f"{self._url}/metrics"
 
-    def _last_line(self) -> str:
+    def last_line(self) -> str:
+        """Return what it said last."""
         return (self._log.read_text().strip().splitlines() or ["it said nothing"])[-1]
 
-    def until(self, readings: int) -> Record:
+    def peak_memory_bytes(self) -> int | None:
+        """Return the most memory it held; None where the system does not tell (not Linux)."""
+        return peak_memory_bytes(self._process.pid)
+
+
+class _Group:
+    """Services that share the work, seen as one."""
+
+    def __init__(self, services: Sequence[_Service]) -> None:
+        self.services = services
+
+    def scrape(self) -> Record:
+        """Return what they say together; see `_Service.scrape`."""
+        return together([service.scrape() for service in self.services])
+
+    def until(self, readings: int, *, all_by: int = 0) -> Record:
         """Wait until so many readings were taken, and return the scrape that says so.
+
+        And until each service has taken some, or `all_by` were taken without one.
 
         Raises:
             TsdiffError: nothing moved for a long time.
@@ -341,23 +364,35 @@ class _Service:
         moved_at, last = time.monotonic(), -1.0
         while True:
             asked_at = time.monotonic()
-            found = self.scrape()
+            found = [service.scrape() for service in self.services]
             answered_after = time.monotonic() - asked_at
-            taken = found.get("tsdiff_readings_total", 0.0)
-            if taken >= readings:
-                return found
+            each = [one.get("tsdiff_readings_total", 0.0) for one in found]
+            taken = sum(each)
+            if taken >= readings and (all(each) or taken >= all_by):
+                return together(found)
             if taken != last:
                 moved_at, last = time.monotonic(), taken
             if time.monotonic() - moved_at > _SILENCE_S + (_START_S if last <= 0 else 0.0):
+                said = "; ".join(service.last_line() for service in self.services)
                 raise TsdiffError(
                     f"expected {readings} readings to be taken, {taken:.0f} were and no more come; "
-                    f"the service said last: {self._last_line()}"
+                    f"said last: {said}"
                 )
             time.sleep(min(max(_STEP_S, answered_after / _SCRAPE_SHARE), _SCRAPE_S))
 
     def peak_memory_bytes(self) -> int | None:
-        """Return the most memory it held; None where the system does not tell (not Linux)."""
-        return peak_memory_bytes(self._process.pid)
+        """Return the most memory they held in all; None where the system does not tell."""
+        held = [service.peak_memory_bytes() for service in self.services]
+        return None if None in held else sum(peak or 0 for peak in held)
+
+
+def together(scrapes: Sequence[Record]) -> Record:
+    """Sum scrapes by sample; of how far each is behind, the furthest."""
+    found: Record = {}
+    for name in {name for one in scrapes for name in one}:
+        values = [one.get(name, 0.0) for one in scrapes]
+        found[name] = max(values) if name == _BEHIND else sum(values)
+    return found
 
 
 def _samples(text: str) -> Record:
@@ -372,9 +407,10 @@ def _samples(text: str) -> Record:
 
 
 @contextmanager
-def _service(
-    model: Path, servers: str, name: str, entities: int, folder: Path
-) -> Iterator[_Service]:
+def _group(
+    services: int, model: Path, servers: str, name: str, entities: int, folder: Path
+) -> Iterator[_Group]:
+    """So many services of one group; they are asked to stop at the end."""
     settings = {
         "model.path": model.resolve(),
         "input.bootstrap_servers": servers,
@@ -389,21 +425,26 @@ def _service(
         "metrics.listen": "127.0.0.1:0",
         "log.format": "json",
     }
-    log = folder / "service.log"
+    command = [
+        *(sys.executable, "-m", "tsdiff.cli", "run"),
+        *(f"--set={key}={value}" for key, value in settings.items()),
+    ]
+    with ExitStack() as running:
+        begun = [
+            running.enter_context(_service(command, folder / f"service-{number}.log"))
+            for number in range(services)
+        ]
+        for service in begun:
+            service.scrape()  # answers as soon as it runs
+        yield _Group(begun)
+
+
+@contextmanager
+def _service(command: Sequence[str], log: Path) -> Iterator[_Service]:
     with log.open("wb") as out:
-        process = subprocess.Popen(  # noqa: S603 - ourselves
-            [
-                *(sys.executable, "-m", "tsdiff.cli", "run"),
-                *(f"--set={key}={value}" for key, value in settings.items()),
-            ],
-            stdout=out,
-            stderr=out,
-            env=dict(os.environ),
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=out)  # noqa: S603 - ourselves
     try:
-        service = _Service(process, log)
-        service.scrape()  # answers as soon as it runs
-        yield service
+        yield _Service(process, log)
     finally:
         process.terminate()
         try:

@@ -578,9 +578,12 @@ def bench(
             metavar="HOST:PORT", help="Measure the service on this broker, in topics of its own."
         ),
     ] = None,
+    services: Annotated[
+        int, typer.Option(help="Services that share the work, a process each (--kafka).")
+    ] = 1,
     entities: Annotated[int, typer.Option(help="Entities that send readings (--kafka).")] = 1000,
     backlog: Annotated[
-        int, typer.Option(help="Readings that wait when the service starts (--kafka).")
+        int, typer.Option(help="Readings that wait when it starts (--kafka).")
     ] = 100_000,
     rate: Annotated[
         float, typer.Option(help="Readings a second afterwards, for --seconds (--kafka).")
@@ -618,6 +621,7 @@ def bench(
         model,
         kafka,
         channels=channels,
+        services=services,
         entities=entities,
         backlog=backlog,
         rate=rate,
