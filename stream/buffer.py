@@ -19,7 +19,7 @@ and runs the same code with `emit` off up to the committed offset ("priming").
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -242,7 +242,9 @@ class PartitionBuffer:
     """Offsets below this were committed before: they rebuild state and emit nothing."""
     prime_watermark_ms: int = NO_WATERMARK
     prime_complete: bool = False
-    """Whether complete slots had been closed at once before that commit (`close_complete`)."""
+    """Whether complete slots were closed at once when that was committed (`close_complete`)."""
+    complete_changes: tuple[int, ...] = ()
+    """Offsets at which that changed, in order: a replay must close what was closed."""
     warm_again: bool = False
     """What there is to rebuild from is not whole: entities warm up again afterwards."""
     placement: Placement = field(default_factory=Placement)
@@ -258,6 +260,12 @@ class PartitionBuffer:
         self._slot_offsets: dict[int, ReplayPoint] = {}
         self._closed = self.grid.closed_before(self.watermark_ms)
         self._read_to = UNKNOWN_OFFSET
+        if self.priming and self.prime_complete != self.grid.close_complete:
+            self.complete_changes += (self.prime_until,)
+        # The rule where the replay begins.
+        self._close_complete = self.grid.close_complete ^ (len(self.complete_changes) % 2 == 1)
+        ends = {self.prime_until} if self.priming else set()
+        self._turns = sorted({*self.complete_changes, *ends})
         self._allocate(8)
 
     @property
@@ -269,11 +277,6 @@ class PartitionBuffer:
     def next_slot(self) -> int:
         """The oldest slot that is not closed for all."""
         return self._closed
-
-    @property
-    def _close_complete(self) -> bool:
-        """The rule of today, or that of the log that is being replayed."""
-        return self.prime_complete if self.priming else self.grid.close_complete
 
     def _open(self, rows: Rows) -> NDArray[np.int64]:
         """Each row's oldest open slot."""
@@ -463,6 +466,10 @@ class PartitionBuffer:
         here = ReplayPoint(next_offset, self.watermark_ms)
         return min(self._slot_offsets.values(), key=lambda p: p.offset, default=here)
 
+    def changes_after(self, offset: int) -> tuple[int, ...]:
+        """What a replay from there must know of `complete_changes`."""
+        return tuple(change for change in self.complete_changes if change > offset)
+
     # -- readings ------------------------------------------------------------------------------
 
     def advance(self, batch: ReadingBatch) -> Iterator[Closing]:
@@ -472,16 +479,79 @@ class PartitionBuffer:
         with the `rest`, and asks only then for the next closing, whose history needs them.
         """
         start = 0
-        if self.priming:
-            start = int(np.searchsorted(batch.offsets, self.prime_until))
-            yield from self._advance(batch, 0, start)
-            if batch.next_offset >= self.prime_until:
-                yield from self.finish_priming()
+        while self._turns and self._turns[0] <= batch.next_offset:
+            stop = int(np.searchsorted(batch.offsets, self._turns[0]))
+            yield from self._advance(batch, start, stop)
+            start = stop
+            if self._turns[0] == self.prime_until and batch.until_ms is not None:
+                break  # what was closed by then is not all closed yet
+            yield from self._turn(self._turns.pop(0))
         yield from self._advance(batch, start, len(batch.entities))
         self._read_to = batch.next_offset
+        if batch.until_ms is not None and batch.until_ms > self.watermark_ms:
+            # A replay that is to close these slots again must begin here, and at this time.
+            point = ReplayPoint(batch.next_offset, self.watermark_ms)
+            self._slot_offsets.setdefault(batch.until_ms // self.grid.period_ms, point)
+            self.watermark_ms = batch.until_ms
+            yield from self._close(self.grid.closed_before(self.watermark_ms))
 
-    def finish_priming(self) -> Iterator[Closing]:
-        """The committed offset is reached: what was closed then is closed now, silently."""
+    def divide(self, batch: ReadingBatch, most: int) -> tuple[ReadingBatch, ReadingBatch | None]:
+        """Part what may be taken now, closing some `most` slots of entities, from the rest.
+
+        Parts end between messages, as commits do. What a single one closes, as after an outage of
+        all its senders, is closed before it is taken, in parts without readings that end at a time
+        of their own. A part closes one slot of every entity at the least.
+        """
+        grid, times, end = self.grid, batch.timestamps_ms, -1
+        # How many readings come before the message of each.
+        before = np.searchsorted(batch.offsets, batch.offsets)
+        if self.priming and batch.next_offset >= self.prime_until:
+            # Here what was closed at the commit is closed, as if a reading said so.
+            end = int(np.searchsorted(batch.offsets, self.prime_until))
+            times, before = (
+                np.insert(times, end, self.prime_watermark_ms),
+                np.insert(before, end, end),
+            )
+        if self.priming:
+            replayed = np.arange(len(times)) < (end if end >= 0 else len(times))
+            times = np.where(replayed & (times > self.prime_watermark_ms), NO_WATERMARK, times)
+        watermarks = np.maximum.accumulate(np.maximum(times, self.watermark_ms))
+        limit = self._limit(watermarks, batch, most)
+        far = (watermarks - grid.lateness_ms) // grid.period_ms > limit
+        if not far.any():
+            return batch, None
+        first = int(np.argmax(far))
+        at = int(before[first])
+        if first == 0:
+            now, rest = batch.cut(0, self.prime_until if end == 0 else int(batch.offsets[0]))
+            return replace(now, until_ms=limit * grid.period_ms + grid.lateness_ms), rest
+        if at == end:
+            now, rest = batch.cut(at, self.prime_until)
+            # Where it is the end of priming that is far, it is not reached in this part.
+            return (replace(now, until_ms=NO_WATERMARK) if first == end else now), rest
+        # The readings of one message stay together.
+        at = at or int(np.searchsorted(batch.offsets, batch.offsets[0], side="right"))
+        return (batch, None) if at == len(batch.entities) else batch.cut(at, int(batch.offsets[at]))
+
+    def _limit(self, watermarks: NDArray[np.int64], batch: ReadingBatch, most: int) -> int:
+        """The slot before which a part may close all."""
+        begin = self._closed
+        if self.watermark_ms == NO_WATERMARK or not self.names:
+            # Nobody is waiting: time begins with the first reading.
+            known = watermarks[watermarks > NO_WATERMARK]
+            begin = max(begin, self.grid.closed_before(int(known[0])) if len(known) else begin)
+        entities = len(self.names) + len(set(batch.entities) - self.names.keys())
+        return begin + max(1, most // max(1, entities))
+
+    def _turn(self, offset: int) -> Iterator[Closing]:
+        """Before the message at `offset` priming ended, or another rule began to close slots."""
+        if offset == self.prime_until:
+            yield from self._end_priming()
+        self._close_complete ^= self.complete_changes.count(offset) % 2 == 1
+        yield from self._close_runs(np.flatnonzero(self._alive))
+
+    def _end_priming(self) -> Iterator[Closing]:
+        """What was closed at the commit is closed now, silently."""
         if self.watermark_ms == NO_WATERMARK:
             self._skip_to(self.grid.closed_before(self.prime_watermark_ms))
         self.watermark_ms = max(self.watermark_ms, self.prime_watermark_ms)
@@ -490,8 +560,6 @@ class PartitionBuffer:
         if self.warm_again:
             self._warm_up_again()
             self.warm_again = False
-        # Only if that rule is new: else the log that was replayed has closed them.
-        yield from self._close_runs(np.flatnonzero(self._alive))
 
     def _warm_up_again(self) -> None:
         """Have a first window filled anew; what entities learned before that stays."""

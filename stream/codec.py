@@ -273,6 +273,9 @@ class CommitMetadata(msgspec.Struct, frozen=True):
     period_ms: int
     format: int = 1
     close_complete: bool = False
+    """Whether complete slots are closed at once from this offset on (`Grid.close_complete`)."""
+    complete_changes: tuple[int, ...] = ()
+    """Offsets after the one to replay from at which that changed, in order."""
 
     def encode(self) -> str:
         """As the text that Kafka keeps beside the offset."""

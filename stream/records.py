@@ -1,8 +1,8 @@
 """The records that flow through the loop: readings in, scores and alerts out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -66,6 +66,39 @@ class ReadingBatch:
     """Messages without a key in a topic of several partitions: those are spread at random."""
     received_at: float = 0.0
     """When the oldest message of the batch was appended, in epoch seconds; 0 = unknown."""
+    until_ms: int | None = None
+    """Only in parts (`PartitionBuffer.divide`): the event time at their end, where that is not what
+    their readings say."""
+
+    def cut(self, at: int, offset: int) -> tuple["ReadingBatch", "ReadingBatch"]:
+        """Cut before reading number `at`; messages from `offset` on are in the second part."""
+
+        def part(chosen: slice) -> dict[str, Any]:
+            return {
+                "entities": self.entities[chosen],
+                "timestamps_ms": self.timestamps_ms[chosen],
+                "values": self.values[chosen],
+                "offsets": self.offsets[chosen],
+                "counters": None if self.counters is None else self.counters[chosen],
+            }
+
+        letters = self.dead_letters
+        return (
+            replace(
+                self,
+                **part(slice(at)),
+                next_offset=offset,
+                dead_letters=tuple(d for d in letters if d.offset < offset),
+            ),
+            replace(
+                self,
+                **part(slice(at, None)),
+                dead_letters=tuple(d for d in letters if d.offset >= offset),
+                # Counted with the first part.
+                unknown_channels=0,
+                unkeyed=0,
+            ),
+        )
 
 
 class ChannelScore(msgspec.Struct, frozen=True, gc=False):

@@ -6,7 +6,7 @@ from the last one that did not.
 """
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
@@ -29,6 +29,9 @@ _log = structlog.get_logger("tsdiff.service")
 
 # Lag and entity counts are for people and dashboards; more often would only cost.
 GAUGES_EVERY_S: Final = 1.0
+MOST_CLOSED: Final = 20_000
+"""Slots of entities that a round closes, where several would do: two seconds of work, and some ten
+megabytes of scores. All slots of an outage at once would be millions."""
 SPREAD_EVERY_S: Final = 60.0
 """Between two lines about messages that are not keyed by entity; all are counted."""
 
@@ -63,6 +66,8 @@ class Service:
         self._clock = clock
         self._sleep = sleep
         self._buffers: dict[PartitionId, PartitionBuffer] = {}
+        self._waiting: dict[PartitionId, deque[ReadingBatch]] = {}
+        """What was read and is not processed yet; no more is read of these partitions meanwhile."""
         self._heard_at: dict[PartitionId, float] = {}
         self._appended_at: dict[PartitionId, float] = {}
         self._gauges_at = 0.0
@@ -106,6 +111,7 @@ class Service:
         if not same:
             # The series of entities stay: they are still ours.
             self._buffers.clear()
+            self._waiting.clear()
             self._source.rewind()
 
     def step(self) -> bool:
@@ -129,22 +135,27 @@ class Service:
             self._forget(partition)
         for partition, resume in polled.assigned.items():
             self._buffers[partition] = self._resume(partition, resume)
+            self._waiting.pop(partition, None)
             self._heard_at[partition] = self._clock()
+        for batch in polled.batches:
+            self._waiting.setdefault(batch.partition, deque()).append(batch)
+        batches = [self._part(partition) for partition in list(self._waiting)]
+        self._source.hold(self._waiting.keys())
         round_ = Round()
-        turns = [self._begin(batch, round_) for batch in polled.batches]
+        turns = [self._begin(batch, round_) for batch in batches]
         with self._metrics.stage("score"):
             watcher = self._recent.take if self._recent is not None else None
             verdicts = score_rounds(turns, self._scorer, self._scoring, self._health.beat, watcher)
         round_.scores, round_.alerts = verdicts.scores, verdicts.alerts
-        for batch in polled.batches:
+        for batch in batches:
             self._finish(batch, round_)
         if round_:
             with self._metrics.stage("commit"):
                 self._sink.commit(round_, polled.generation)
             self._failures = 0
-            self._told(round_, polled.batches)
+            self._told(round_, batches)
         self._watch()
-        return not polled.ended
+        return bool(self._waiting) or not polled.ended
 
     # -- partitions ----------------------------------------------------------------------------
 
@@ -163,6 +174,7 @@ class Service:
             prime_until=resume.next_offset,
             prime_watermark_ms=metadata.watermark_ms,
             prime_complete=metadata.close_complete,
+            complete_changes=metadata.complete_changes,
             warm_again=resume.lost is not None,
         )
         fitting = [s for s in resume.snapshots if self._fits(s)]
@@ -185,8 +197,19 @@ class Service:
         buffer = self._buffers.pop(partition, None)
         if buffer is not None:
             self._metrics.forget(buffer.names)
+        self._waiting.pop(partition, None)
         self._heard_at.pop(partition, None)
         self._appended_at.pop(partition, None)
+
+    def _part(self, partition: PartitionId) -> ReadingBatch:
+        """Take of what waits as much as a round should close."""
+        waiting = self._waiting[partition]
+        now, rest = self._buffers[partition].divide(waiting.popleft(), MOST_CLOSED)
+        if rest is not None:
+            waiting.appendleft(rest)
+        if not waiting:
+            del self._waiting[partition]
+        return now
 
     def _begin(
         self, batch: ReadingBatch, round_: Round
@@ -217,6 +240,7 @@ class Service:
                 watermark_ms=buffer.watermark_ms,
                 period_ms=self._grid.period_ms,
                 close_complete=self._grid.close_complete,
+                complete_changes=buffer.changes_after(replay.offset),
             ),
         )
 

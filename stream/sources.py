@@ -7,7 +7,7 @@ committed offset, what its commit metadata knew, and the snapshots of its entiti
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -107,6 +107,9 @@ class Source(Protocol):
     def rewind(self) -> None:
         """Forget what was read since the last commit; the next poll assigns everything anew."""
 
+    def hold(self, partitions: Set[PartitionId]) -> None:
+        """Read no more of these, and of all others again."""
+
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition."""
 
@@ -126,9 +129,12 @@ class MemorySource:
         self._resume = resume
         self._waiting = deque(self._all)
         self._known: set[PartitionId] = set()
+        self._held: Set[PartitionId] = frozenset()
 
     def poll(self) -> Polled:
         """Return the next batch."""
+        if self._waiting and self._waiting[0].partition in self._held:
+            return Polled()
         if not self._waiting:
             return Polled(ended=True)
         batch = self._waiting.popleft()
@@ -142,6 +148,10 @@ class MemorySource:
         """Start from the first batch again."""
         self._waiting = deque(self._all)
         self._known.clear()
+
+    def hold(self, partitions: Set[PartitionId]) -> None:
+        """Keep what is next, if it is of these."""
+        self._held = frozenset(partitions)
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Readings not yet polled."""
@@ -189,11 +199,14 @@ class HistorySource:
         self.total = sum(len(e.timestamps_ms) for e in history.entities)
         self._batches = history_batches(history)
         self._progress = progress
+        self._held = False
         self.done = 0
         """Readings polled so far."""
 
     def poll(self) -> Polled:
         """Return the next batch, and tell how many readings are done before it."""
+        if self._held:
+            return Polled()
         self._progress(self.done)
         batch = next(self._batches, None)
         if batch is None:
@@ -205,6 +218,10 @@ class HistorySource:
     def rewind(self) -> None:
         """History has no commits to go back to; a backfill that fails begins anew."""
         raise StreamError("a backfill cannot go back; start it again")
+
+    def hold(self, partitions: Set[PartitionId]) -> None:
+        """Keep what is next until its only partition is not held any more."""
+        self._held = bool(partitions)
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Readings not yet polled."""
@@ -285,6 +302,7 @@ class KafkaSource:
         self._replaying: dict[TopicPartition, int] = {}
         # The next offset of each partition, as far as we have come.
         self._positions: dict[TopicPartition, int] = {}
+        self._held: set[TopicPartition] = set()
         self._partition_count = 0
         # Under which name the group knows us; one that it has thrown out gets another.
         self._member_id = ""
@@ -383,7 +401,9 @@ class KafkaSource:
 
     def _fetch(self) -> dict[TopicPartition, list[Any]]:
         try:
-            fetched: dict[TopicPartition, list[Any]] = self._consumer.poll(timeout_ms=POLL_MS)
+            # While something is held there is work to go on with.
+            wait_ms = 0 if self._held else POLL_MS
+            fetched: dict[TopicPartition, list[Any]] = self._consumer.poll(timeout_ms=wait_ms)
         except FencedInstanceIdError as error:
             raise name_taken(self._config) from error
         except AuthorizationError as error:
@@ -403,7 +423,9 @@ class KafkaSource:
         """Begin again, and in the end give up, where nothing is read of what there is to read."""
         if not self._stalls.due(time.monotonic()):
             return
-        partitions = sorted(self._positions.keys() & self._consumer.assignment())
+        # What is held is not read on, and there is work to do.
+        read = self._consumer.assignment() - self._held
+        partitions = sorted(self._positions.keys() & read)
         try:
             ends = self._consumer.end_offsets(partitions, timeout_ms=_LOOK_MS)
             positions = {p: self._consumer.position(p, timeout_ms=_LOOK_MS) for p in partitions}
@@ -593,6 +615,13 @@ class KafkaSource:
         self._rewind = True
         # Where nothing was committed yet, committing where we stand is how a namesake is found.
         self._idle_since = -math.inf
+
+    def hold(self, partitions: Set[PartitionId]) -> None:
+        """Read no more of these, and of all others again (back pressure)."""
+        ours = self._consumer.assignment()
+        before, self._held = self._held, {TopicPartition(*p) for p in partitions}
+        self._consumer.resume(*(before - self._held) & ours)
+        self._consumer.pause(*self._held & ours)
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""

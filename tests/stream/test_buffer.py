@@ -54,13 +54,21 @@ class Tape:
         self.statistics: dict[tuple[str, int], list[Cells]] = {}
         self.next_offset = 0
 
-    def feed(self, *readings: Reading) -> list[int]:
+    def feed(self, *readings: Reading, most: int = 10**9) -> list[int]:
         """Feed one batch; return the slots that it closes, in the order of closing."""
         fed = batch(list(readings), self.next_offset)
         self.next_offset += len(readings)
-        return self.take(fed)
+        return self.take(fed, most)
 
-    def take(self, fed: ReadingBatch) -> list[int]:
+    def take(self, fed: ReadingBatch, most: int = 10**9) -> list[int]:
+        order: list[int] = []
+        rest: ReadingBatch | None = fed
+        while rest is not None:
+            now, rest = self.buffer.divide(rest, most)
+            order += self._take(now)
+        return sorted(set(order), key=order.index)
+
+    def _take(self, fed: ReadingBatch) -> list[int]:
         order: list[int] = []
         for closing in self.buffer.advance(fed):
             names = {row: self.buffer.entity(row).name for row in closing.rows.tolist()}
@@ -82,7 +90,7 @@ class Tape:
                         at = (names[row], span.first_slot + t)
                         self.windows[at] = [cells(c) for c in span.values[i, t : t + width]]
                         self.statistics[at] = [cells(span.mean[i]), cells(span.scale[i])]
-        return sorted(set(order), key=order.index)
+        return order
 
     def values(self, entity: str) -> dict[int, Cells]:
         return {slot: closed.values for slot, closed in self.slots[entity].items()}
@@ -691,16 +699,17 @@ def logs(draw: st.DrawFn) -> list[Reading]:
     cuts=st.sets(st.integers(1, 49)),
     span=st.sampled_from([1, 2, 5]),
     complete=st.booleans(),
+    most=st.sampled_from([1, 10, 10**9]),
 )
 @settings(max_examples=120, deadline=None)
 def test_slots_and_values_are_those_of_a_simple_model(
-    log: list[Reading], lateness_ms: int, cuts: set[int], span: int, complete: bool
+    log: list[Reading], lateness_ms: int, cuts: set[int], span: int, complete: bool, most: int
 ) -> None:
     shape = grid(lateness_ms=lateness_ms, span=span, ttl_slots=10_000, close_complete=complete)
     tape = Tape(shape)
     bounds = [0, *sorted(cut for cut in cuts if cut < len(log)), len(log)]
     for begin, end in pairwise(bounds):
-        tape.feed(*log[begin:end])
+        tape.feed(*log[begin:end], most=most)
 
     watermark, late = -(10**9), 0
     table: dict[str, dict[int, list[float | None]]] = defaultdict(dict)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stream.buffer import PartitionBuffer
 from stream.codec import CommitMetadata, decode_snapshot, encode_snapshot
-from stream.records import AlertEvent, SlotScore
+from stream.records import AlertEvent, ReadingBatch, SlotScore
 from stream.scoring import Verdicts, score_rounds
 from tests.stream.fakes import SCORING, FakeLearner, FakeScorer, Reading, batch
 
@@ -52,8 +52,20 @@ KINDS = tuple(
 )
 
 
-def work(log: list[Reading], cuts: list[int], committed: Committed, kind: Kind = PLAIN) -> None:
-    """Process the log from the last commit to the last cut, committing at every cut."""
+def work(
+    log: list[Reading],
+    cuts: list[int],
+    committed: Committed,
+    kind: Kind = PLAIN,
+    *,
+    most: int = 10**9,
+    rounds: int = 10**9,
+) -> None:
+    """Process the log from the last commit to the last cut, committing at every cut.
+
+    What would close more than `most` slots is done in parts, with a commit after each; after so
+    many `rounds` all but what was committed is lost.
+    """
     scorer = kind.scorer()
     shape = scorer.grid(close_complete=kind.complete)
     metadata = CommitMetadata.decode(committed.metadata)
@@ -68,18 +80,21 @@ def work(log: list[Reading], cuts: list[int], committed: Committed, kind: Kind =
             prime_until=committed.offset,
             prime_watermark_ms=metadata.watermark_ms,
             prime_complete=metadata.close_complete,
+            complete_changes=metadata.complete_changes,
         )
         snapshots = [decode_snapshot(value) for value in committed.state.values()]
         buffer.restore([s for s in snapshots if s is not None])
-        if at == committed.offset:
-            list(buffer.finish_priming())
-    for cut in cuts:
-        if cut <= at:
-            continue
-        verdicts = score_rounds([(buffer, buffer.advance(batch(log[at:cut], at)))], scorer, SCORING)
+    for cut in [at, *(cut for cut in cuts if cut > at)]:
+        rest: ReadingBatch | None = batch(log[at:cut], at)
         at = cut
-        if not buffer.priming:
-            commit(buffer, at, verdicts, committed)
+        while rest is not None:
+            now, rest = buffer.divide(rest, most)
+            verdicts = score_rounds([(buffer, buffer.advance(now))], scorer, SCORING)
+            if not buffer.priming:
+                commit(buffer, now.next_offset, verdicts, committed)
+            rounds -= 1
+            if not rounds:
+                return
 
 
 def commit(buffer: PartitionBuffer, at: int, verdicts: Verdicts, committed: Committed) -> None:
@@ -98,6 +113,7 @@ def commit(buffer: PartitionBuffer, at: int, verdicts: Verdicts, committed: Comm
         buffer.watermark_ms,
         10,
         close_complete=buffer.grid.close_complete,
+        complete_changes=buffer.changes_after(replay.offset),
     ).encode()
 
 
@@ -137,6 +153,10 @@ def logs(draw: st.DrawFn) -> list[Reading]:
     return log
 
 
+# How many slots a part may close: one of each entity, some, or as many as there are.
+parts = st.sampled_from([1, 7, 40, 10**9])
+
+
 @given(data=st.data(), log=logs(), kind=st.sampled_from(KINDS))
 @settings(max_examples=120, deadline=None)
 def test_batching_does_not_change_the_scores(
@@ -145,7 +165,7 @@ def test_batching_does_not_change_the_scores(
     one_by_one, cut = Committed(), Committed()
     work(log, list(range(1, len(log) + 1)), one_by_one, kind)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(log)))))
-    work(log, [*cuts, len(log)], cut, kind)
+    work(log, [*cuts, len(log)], cut, kind, most=data.draw(parts))
     assert told(cut) == told(one_by_one)
     assert changes(cut) == changes(one_by_one)
 
@@ -158,9 +178,11 @@ def test_crashes_do_not_change_the_scores(
     undisturbed, crashing = Committed(), Committed()
     work(log, list(range(1, len(log) + 1)), undisturbed, kind)
     crashes = sorted(data.draw(st.sets(st.integers(1, len(log)), max_size=6)))
-    for crash in [*crashes, len(log)]:
+    for crash in crashes:
         cuts = sorted(data.draw(st.sets(st.integers(1, crash))))
-        work(log, [*cuts, crash], crashing, kind)
+        most, rounds = data.draw(parts), data.draw(st.integers(1, 40))
+        work(log, [*cuts, crash], crashing, kind, most=most, rounds=rounds)
+    work(log, [len(log)], crashing, kind, most=data.draw(parts))
     assert told(crashing) == told(undisturbed)
     assert changes(crashing) == changes(undisturbed)
 
@@ -173,15 +195,28 @@ def test_who_changes_when_slots_close_loses_and_repeats_none(
     late, eager = (Kind(learns=learns, lag=lag, complete=complete) for complete in (False, True))
     changing = Committed()
     stops = sorted(data.draw(st.sets(st.integers(1, len(log)), max_size=6)))
-    for stop in [*stops, len(log)]:
-        work(log, [stop], changing, data.draw(st.sampled_from([late, eager])))
+    for stop in stops:
+        kind, most = data.draw(st.sampled_from([late, eager])), data.draw(parts)
+        work(log, [stop], changing, kind, most=most, rounds=data.draw(st.integers(1, 40)))
+    work(log, [len(log)], changing, data.draw(st.sampled_from([late, eager])))
     slots = [(s.entity, s.timestamp_ms) for s in changing.scores]
     assert len(set(slots)) == len(slots)
-    fewest, most = Committed(), Committed()
+    fewest, more = Committed(), Committed()
     work(log, [len(log)], fewest, late)
-    work(log, [len(log)], most, eager)
+    work(log, [len(log)], more, eager)
     assert {(s.entity, s.timestamp_ms) for s in fewest.scores} <= set(slots)
-    assert {(s.entity, s.timestamp_ms) for s in most.scores} >= set(slots)
+    assert {(s.entity, s.timestamp_ms) for s in more.scores} >= set(slots)
+
+
+def test_a_rule_that_changes_to_and_fro_tells_what_is_complete_once() -> None:
+    #  slot   0         3(complete)   4            5
+    #  rule   late |    at once     | late | at once
+    log: list[Reading] = [("a", 0, None, 0.0), ("a", 35, 0.0, 0.0)]
+    log += [("a", t, None, None) for t in (40, 40, 40, 60)]
+    changing = Committed()
+    for stop, complete in [(1, False), (3, True), (4, False), (5, True), (6, False)]:
+        work(log, [stop], changing, Kind(learns=False, lag=0, complete=complete))
+    assert [s.timestamp_ms for s in changing.scores] == [0, 10, 20, 30, 40]
 
 
 def test_silence_is_counted_across_a_crash() -> None:

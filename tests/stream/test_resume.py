@@ -20,6 +20,7 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from stream import service as service_module
 from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, Grid
 from stream.codec import CommitMetadata, encode_snapshot
 from stream.config import ServiceConfig, load_config
@@ -28,6 +29,7 @@ from stream.errors import RetryableError, StreamError
 from stream.formats.native import decode_native
 from stream.http import Health
 from stream.metrics import ServiceMetrics
+from stream.records import PartitionId
 from stream.service import Service
 from stream.sinks import KafkaSink
 from stream.sources import (
@@ -177,7 +179,7 @@ class Bench:
         for score in told:
             if score["entity"] == entity:
                 stamp = score["timestamp"]  # 1970-01-01T00:00:00.590Z
-                found.append((int(float(stamp[17:-1]) * 1000) // 10, score["state"]))
+                found.append((round(float(stamp[17:-1]) * 100), score["state"]))
         return sorted(found)
 
     def end(self) -> None:
@@ -214,6 +216,48 @@ def test_an_orderly_restart_loses_nothing(bench: Bench) -> None:
     live.score(20)
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
     assert not live.lost()
+
+
+def test_what_an_outage_left_is_told_in_parts_and_a_restart_goes_on_within(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    #  slot  0 .. 60       (nobody sends)       400 401 402     400 closes 340 slots at once
+    monkeypatch.setattr(service_module, "MOST_CLOSED", 25)
+    bench.grid = replace(GRID, ttl_slots=1000)
+    bench.first_life()
+    bench.send(range(400, 403))
+    for slots_more in (60, 130):
+        live = bench.start()
+        live.score(slots_more)
+        # No more is read meanwhile.
+        assert live.source.consumer.paused() == {bench.partition}
+        assert live.count("readings") == 0
+        live.close()
+    live = bench.start()
+    live.until(lambda: live.count("readings") == 3)
+    found = bench.states()
+    assert found[:61] == slots(*FIRST_LIFE, (range(59, 61), "ok"))
+    assert [slot for slot, _ in found] == [*range(401)]
+    assert [live.count("recoveries", reason=reason) for reason in ("commit", "stall")] == [0, 0]
+    live.until(lambda: not live.source.consumer.paused())
+
+
+def test_what_is_held_does_not_stall_and_is_read_on_when_it_is_let_go(bench: Bench) -> None:
+    bench.config = bench.configured(**{"input.stall_after": "1s"})
+    live = bench.start()
+    bench.send(range(5))
+    live.until(lambda: live.count("readings") == 5)
+    partition = PartitionId(*bench.partition)
+    live.source.hold({partition})
+    until = time.monotonic() + 4
+    while time.monotonic() < until:
+        bench.send(range(5, 6))
+        polled = live.source.poll()
+        assert not polled.batches
+        assert not polled.stalled
+        time.sleep(0.1)
+    live.source.hold(set())
+    live.until(lambda: live.count("readings") > 5)
 
 
 def test_a_replay_offset_below_retention_warms_up_again(bench: Bench) -> None:
