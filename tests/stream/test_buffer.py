@@ -6,6 +6,7 @@ Slots are 10 ms long. In the timelines every column is a slot, `a` a reading of 
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -61,12 +62,15 @@ class Tape:
         return self.take(fed, most)
 
     def take(self, fed: ReadingBatch, most: int = 10**9) -> list[int]:
-        order: list[int] = []
+        order = [slot for part in self.parts(fed, most) for slot in part]
+        return sorted(set(order), key=order.index)
+
+    def parts(self, fed: ReadingBatch, most: int) -> Iterator[list[int]]:
+        """Feed a batch in parts; yield the slots that each closes, one of each entity."""
         rest: ReadingBatch | None = fed
         while rest is not None:
             now, rest = self.buffer.divide(rest, most)
-            order += self._take(now)
-        return sorted(set(order), key=order.index)
+            yield self._take(now)
 
     def _take(self, fed: ReadingBatch) -> list[int]:
         order: list[int] = []
@@ -547,6 +551,40 @@ def test_priming_ends_with_nothing_left_to_replay() -> None:
     tape.next_offset = 9
     tape.feed(reading("a", 4))
     assert tape.values("a") == {2: GONE}
+
+
+@pytest.mark.parametrize("most", [1, 7, 20])
+def test_a_jump_is_closed_in_parts_and_so_is_one_that_is_rebuilt(most: int) -> None:
+    #  slot   0  1  2  3        ...        28        ...        50
+    #         a  a  a  a                 (commit)               a
+    log = [*(reading("a", slot) for slot in range(4)), reading("a", 50)]
+    shape = grid(ttl_slots=1000)
+    tape = Tape(shape)
+    closed = [len(part) for part in tape.parts(batch(log), most)]
+    assert max(closed) == most
+    assert sum(closed) == 49
+    assert list(tape.slots["a"]) == [*range(49)]
+
+    buffer = PartitionBuffer(
+        shape, FakeScorer(), watermark_ms=-10, prime_until=4, prime_watermark_ms=300
+    )
+    buffer.restore([snapshot("a", -1)])
+    again = Tape(buffer=buffer)
+    assert max(len(part) for part in again.parts(batch(log), most)) == most
+    emitted = [slot for slot, closed in again.slots["a"].items() if closed.emit]
+    assert emitted == [*range(29, 49)]
+    assert again.slots["a"][48] == tape.slots["a"][48]
+
+
+def test_the_readings_of_one_message_stay_together() -> None:
+    #  offset 0: slots 0, 40, 41 in one message;  offset 1: slot 42
+    tape = Tape(grid(ttl_slots=1000))
+    fed = batch([reading("a", slot) for slot in (0, 40, 41, 42)])
+    fed = replace(fed, offsets=np.array([0, 0, 0, 1]), next_offset=2)
+    now, rest = tape.buffer.divide(fed, 5)
+    assert (now.timestamps_ms.tolist(), now.next_offset) == ([5, 405, 415], 1)
+    assert rest is not None
+    assert (rest.timestamps_ms.tolist(), rest.next_offset) == ([425], 2)
 
 
 def test_silence_goes_on_where_the_snapshot_stopped() -> None:
