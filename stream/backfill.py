@@ -9,12 +9,12 @@ from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from stream.buffer import Grid
 from stream.codec import rfc3339
 from stream.compose import Model, grid_of, scoring_of
 from stream.config import ServiceConfig
 from stream.errors import DecodeError
 from stream.formats.base import guessed_ms
+from stream.grid import Grid
 from stream.http import Health
 from stream.metrics import ServiceMetrics
 from stream.records import AlertEvent

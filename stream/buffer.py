@@ -26,16 +26,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream.decide import AlertState
+from stream.grid import NO_WATERMARK, Grid, ReplayPoint
 from stream.learning import Learned, Learner, Pupil
 from stream.records import ChannelState, ReadingBatch
-from tsdiff.history import RATE_LOOKBACK, counter_rates
+from tsdiff.history import counter_rates
 from tsdiff.runs import Counts, Runs, ever_read, follow, too_long
 
 Float32 = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
-# A partition without any reading has no watermark yet.
-NO_WATERMARK = -(2**62)
 # Snapshots of versions that did not say.
 UNKNOWN_OFFSET = -1
 
@@ -60,94 +59,6 @@ class Profiles(Protocol):
         self, count: NDArray[np.float64], total: NDArray[np.float64], total_sq: NDArray[np.float64]
     ) -> tuple[Float32, Float32]:
         """Mean and scale (D,) from running sums (D,) of one entity's readings."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The shape of time: all counts are grid slots."""
-
-    period_ms: int
-    channels: int
-    window: int
-    history: int
-    streams: int
-    lateness_ms: int = 0
-    warmup_slots: int = 16
-    """Slots an entity of the training set spends in `warming`: its first window fills up."""
-    newcomer_slots: int = 256
-    """The same for an entity never seen in training: its statistics are collected meanwhile."""
-    stale_after_slots: int = 5
-    ttl_slots: int = 1440
-    decision_slots: int = 8
-    """How many past scores the alert rule looks back on; they are rebuilt by priming."""
-    snapshot_slots: int = 64
-    span: int = 16
-    """At most so many slots of an entity are closed at a time, which bounds the ring."""
-    lag: int = 0
-    """Slots that must have closed after a slot before it is scored."""
-    block: int = 0
-    """Slots that entities learn from at a time, 0: they do not."""
-    context: int = 0
-    """Slots before a block that learning needs besides."""
-    counters: tuple[int, ...] = ()
-    """Channels that are read as counters and scored as rates per second."""
-    close_complete: bool = False
-    """Whether an entity's slot closes, ahead of the others', once all its channels are read."""
-
-    def __post_init__(self) -> None:
-        """Refuse what the bookkeeping of learning cannot follow."""
-        if 0 < self.block < self.span:
-            raise ValueError(f"expected blocks of at least {self.span} slots, got {self.block}")
-
-    @property
-    def lateness_slots(self) -> int:
-        """Open slots behind the watermark's own."""
-        return -(-self.lateness_ms // self.period_ms)
-
-    @property
-    def reach(self) -> int:
-        """Slots kept before those being scored: the window's, or the block's to learn from."""
-        return max(self.window - 1, self.block + self.context - 1 - self.lag, self.lookback)
-
-    @property
-    def lookback(self) -> int:
-        """Slots before a slot that the rates of its counters need."""
-        return RATE_LOOKBACK if self.counters else 0
-
-    @property
-    def ring(self) -> int:
-        """Slots kept per entity: what reaches back, a span being scored, and what is still open."""
-        return self.reach + self.span + self.lag + self.lateness_slots + 2
-
-    @property
-    def settling_slots(self) -> int:
-        """How far back a slot's streams and its alert state look."""
-        return self.history + self.decision_slots
-
-    @property
-    def replay_slots(self) -> int:
-        """How far back the log must be read so that priming rebuilds everything exactly."""
-        scores = self.window - 1 + self.settling_slots
-        snapshot = self.lag + self.snapshot_slots + self.span + 1
-        if self.block:
-            # What a snapshot holds was learned before all this, up to a block ago.
-            return snapshot + self.settling_slots + self.block + self.window + self.lookback
-        return max(scores, snapshot) + self.lookback
-
-    def closed_before(self, watermark_ms: int) -> int:
-        """The first slot that is still open at this watermark."""
-        return (watermark_ms - self.lateness_ms) // self.period_ms
-
-    def last_scored(self, watermark_ms: int) -> int:
-        """The last slot that has been scored at this watermark."""
-        return self.closed_before(watermark_ms) - self.lag - 1
-
-
-class ReplayPoint(NamedTuple):
-    """Where reading must start again, and the watermark just before that offset."""
-
-    offset: int
-    watermark_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,23 +419,21 @@ class PartitionBuffer:
         if self.priming and batch.next_offset >= self.prime_until:
             # Here what was closed at the commit is closed, as if a reading said so.
             end = int(np.searchsorted(batch.offsets, self.prime_until))
-            times, before = (
-                np.insert(times, end, self.prime_watermark_ms),
-                np.insert(before, end, end),
-            )
+            times = np.insert(times, end, self.prime_watermark_ms)
+            before = np.insert(before, end, end)
         if self.priming:
             replayed = np.arange(len(times)) < (end if end >= 0 else len(times))
             times = np.where(replayed & (times > self.prime_watermark_ms), NO_WATERMARK, times)
         watermarks = np.maximum.accumulate(np.maximum(times, self.watermark_ms))
         limit = self._limit(watermarks, batch, most)
-        far = (watermarks - grid.lateness_ms) // grid.period_ms > limit
+        far = grid.closed_before(watermarks) > limit
         if not far.any():
             return batch, None
         first = int(np.argmax(far))
         at = int(before[first])
         if first == 0:
             now, rest = batch.cut(0, self.prime_until if end == 0 else int(batch.offsets[0]))
-            return replace(now, until_ms=limit * grid.period_ms + grid.lateness_ms), rest
+            return replace(now, until_ms=grid.watermark_before(limit)), rest
         if at == end:
             now, rest = batch.cut(at, self.prime_until)
             # Where it is the end of priming that is far, it is not reached in this part.
@@ -586,7 +495,7 @@ class PartitionBuffer:
         watermarks = np.maximum.accumulate(np.maximum(accepted, self.watermark_ms))
         before = np.concatenate([[self.watermark_ms], watermarks[:-1]])
         slots = timestamps // grid.period_ms
-        late = slots < (before - grid.lateness_ms) // grid.period_ms
+        late = slots < grid.closed_before(before)
         timely &= ~late
         # A reading without any value moves the watermark and says nothing else.
         keep = timely & ~np.isnan(batch.values[start:stop]).all(axis=1)

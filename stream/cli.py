@@ -17,7 +17,7 @@ from tsdiff.durations import parse_duration_ms
 from tsdiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stream.buffer import Grid
+    from stream.grid import Grid
 
 _err: Final = Console(stderr=True)
 

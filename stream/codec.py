@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, ReplayPoint
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot
 from stream.decide import AlertState
 from stream.formats.base import Decoded
+from stream.grid import ReplayPoint
 from stream.learning import Learned
 from stream.records import STATES, AlertEvent, DeadLetter, SlotScore
 from tsdiff.runs import Runs

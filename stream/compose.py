@@ -15,11 +15,11 @@ import jax
 import structlog
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from stream.buffer import Grid
 from stream.config import DetectSection, ServiceConfig
 from stream.decide import AlertPolicy
 from stream.errors import RetryableError, StreamError
 from stream.formats import Decoder, make_decoder
+from stream.grid import Grid
 from stream.http import Guard, Health, MetricsServer, Site
 from stream.logs import configure_logging
 from stream.metrics import ServiceMetrics

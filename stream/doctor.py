@@ -17,12 +17,12 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from stream.buffer import Grid
 from stream.clients import connect
 from stream.compose import Model, decoder_of, grid_of, load_model
 from stream.config import ServiceConfig, load_config
 from stream.errors import DecodeError, RetryableError
 from stream.formats import Decoded
+from stream.grid import Grid
 from stream.topics import connect_admin
 from tsdiff.errors import TsdiffError
 

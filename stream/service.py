@@ -14,9 +14,10 @@ from typing import Final
 import numpy as np
 import structlog
 
-from stream.buffer import Closing, EntitySnapshot, Grid, PartitionBuffer
+from stream.buffer import Closing, EntitySnapshot, PartitionBuffer
 from stream.codec import CommitMetadata
 from stream.errors import RetryableError
+from stream.grid import Grid
 from stream.http import Health
 from stream.metrics import Misplaced, ServiceMetrics
 from stream.recent import Recent

@@ -28,12 +28,13 @@ from kafka.errors import (
 )
 from kafka.structs import TopicPartition
 
-from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, Grid
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot
 from stream.clients import connect
 from stream.codec import Columns, CommitMetadata, decode_snapshot
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
 from stream.formats import Decoded, Decoder
+from stream.grid import Grid
 from stream.records import DeadLetter, PartitionId, ReadingBatch
 from stream.stall import StallWatch
 from stream.topics import grow_state

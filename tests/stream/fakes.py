@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.buffer import Grid
 from stream.decide import AlertPolicy
+from stream.grid import Grid
 from stream.records import PartitionId, ReadingBatch
 from stream.scoring import ScoringConfig
 

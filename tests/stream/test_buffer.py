@@ -16,15 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream.buffer import (
-    NO_WATERMARK,
-    EntitySnapshot,
-    Grid,
-    PartitionBuffer,
-    ReplayPoint,
-    _rank_within,
-)
+from stream.buffer import EntitySnapshot, PartitionBuffer, _rank_within
 from stream.decide import AlertState
+from stream.grid import NO_WATERMARK, Grid, ReplayPoint
 from stream.records import ReadingBatch
 from tests.stream.fakes import FakeScorer, Reading, batch, grid
 

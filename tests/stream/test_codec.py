@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_np
 from msgspec.structs import asdict
 
-from stream.buffer import EntitySnapshot, ReplayPoint
+from stream.buffer import EntitySnapshot
 from stream.codec import (
     REASONS,
     Columns,
@@ -32,6 +32,7 @@ from stream.decide import AlertState
 from stream.errors import DecodeError
 from stream.formats.base import MAX_ENTITY_CHARS, Decoded
 from stream.formats.native import decode_native
+from stream.grid import ReplayPoint
 from stream.records import STATES, AlertEvent, ChannelScore, DeadLetter, SlotScore
 from tsdiff.runs import Runs
 

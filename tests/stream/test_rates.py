@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from stream.buffer import Grid, PartitionBuffer
+from stream.buffer import PartitionBuffer
 from stream.codec import Columns
 from stream.formats import Decoded
+from stream.grid import Grid
 from stream.http import Health
 from stream.metrics import ServiceMetrics
 from stream.records import ReadingBatch

@@ -21,12 +21,13 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from stream import service as service_module
-from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot, Grid
+from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot
 from stream.codec import CommitMetadata, encode_snapshot
 from stream.config import ServiceConfig, load_config
 from stream.decide import AlertState
 from stream.errors import RetryableError, StreamError
 from stream.formats.native import decode_native
+from stream.grid import Grid
 from stream.http import Health
 from stream.metrics import ServiceMetrics
 from stream.records import PartitionId
