@@ -223,6 +223,7 @@ class PartitionBuffer:
         grown("_ahead", (), np.int64, -(2**62))
         grown("_restored", (), np.int64, -(2**62))
         grown("_snapshot", (), np.int64, -(2**62))
+        grown("_scored_from", (), np.int64, -(2**62))
         grown("_alive", (), np.bool_, False)
         self.entities.extend([None] * (capacity - start))
         self._free.extend(range(capacity - 1, start - 1, -1))
@@ -249,6 +250,8 @@ class PartitionBuffer:
     # Slots up to this one are in the snapshot already; priming must not count them again.
     _restored: NDArray[np.int64] = field(init=False, repr=False)
     _snapshot: NDArray[np.int64] = field(init=False, repr=False)
+    # Earlier slots are replayed for their readings alone: nothing looks back on their scores.
+    _scored_from: NDArray[np.int64] = field(init=False, repr=False)
     _alive: NDArray[np.bool_] = field(init=False, repr=False)
 
     def _add(self, name: str, first_slot: int) -> int:
@@ -271,7 +274,7 @@ class PartitionBuffer:
             self.grid.warmup_slots if known else self.grid.newcomer_slots
         )
         self._silent[row] = 0
-        self._ahead[row] = self._restored[row] = -(2**62)
+        self._ahead[row] = self._restored[row] = self._scored_from[row] = -(2**62)
         self._snapshot[row] = first_slot
         self._alive[row] = True
         sums = None if known else np.zeros((3, self.grid.channels))
@@ -315,6 +318,10 @@ class PartitionBuffer:
             pupil, learned = entity.pupil, snapshot.learned
             if pupil and learned and snapshot.learned_by == pupil.learner.key:
                 pupil.states = [learned]
+                # The next block is learned from as a whole; its state is a settled one.
+                self._scored_from[row] = learned.slot + 1
+            elif not pupil:
+                self._scored_from[row] = snapshot.slot + 1 - self.grid.settling_slots
             if self._model_row[row] >= 0:
                 continue
             if snapshot.statistics is not None:
@@ -676,6 +683,7 @@ class PartitionBuffer:
         self._silent[rows] = silent[:, -1]
         self._collect_statistics(rows, values, present & counted, slots)
         warming = present & (slots[None, :] < self._ready[rows][:, None])
+        begins = np.maximum(np.maximum(self._ready[rows], self._scored_from[rows]), start)
         closing = Closing(
             first_slot=start,
             rows=rows,
@@ -689,7 +697,7 @@ class PartitionBuffer:
             ),
             values=values,
             emit=not self.priming,
-            spans=tuple(self._spans(rows, np.maximum(self._ready[rows], start), stop)),
+            spans=tuple(self._spans(rows, begins, stop)),
         )
         # Spread over slots by row; the age matters after a restart, when rows are dealt anew.
         due = (slots[None, :] + rows[:, None]) % grid.snapshot_slots == 0

@@ -581,6 +581,16 @@ def test_the_readings_of_one_message_stay_together() -> None:
     assert (rest.timestamps_ms.tolist(), rest.next_offset) == ([425], 2)
 
 
+def test_only_what_is_looked_back_on_is_scored_again() -> None:
+    #  slot   0   ...   34   ...   40 | 41       the snapshot is as of 40, seven are looked back on
+    assert grid().settling_slots == 7
+    tape = primed([snapshot("a", 40)], until=42, watermark_ms=425, replay_watermark_ms=-10)
+    tape.feed(*(reading("a", slot) for slot in range(45)))
+    assert [slot for _, slot in tape.windows] == [*range(34, 43)]
+    assert tape.windows["a", 34] == [(32, 0), (33, 0), (34, 0)]
+    assert [slot for slot, closed in tape.slots["a"].items() if closed.emit] == [41, 42]
+
+
 def test_silence_goes_on_where_the_snapshot_stopped() -> None:
     #  slot    3      4    5    6    7
     #        (snapshot: two silent slots, in 3 the third)   b speaks, a does not
