@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
@@ -619,10 +620,11 @@ class KafkaSource:
 
     def hold(self, partitions: Set[PartitionId]) -> None:
         """Read no more of these, and of all others again (back pressure)."""
-        ours = self._consumer.assignment()
         before, self._held = self._held, {TopicPartition(*p) for p in partitions}
-        self._consumer.resume(*(before - self._held) & ours)
-        self._consumer.pause(*self._held & ours)
+        for partition in before ^ self._held:
+            change = self._consumer.pause if partition in self._held else self._consumer.resume
+            with suppress(KeyError):  # the group may have taken it at any moment
+                change(partition)
 
     def lag(self) -> Mapping[PartitionId, int]:
         """Records between the position and the end of each partition, as far as known."""
