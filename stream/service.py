@@ -316,7 +316,9 @@ class Service:
             self._health.set_ready(f"windows of {len(priming)} partitions are being rebuilt")
         else:
             self._health.set_ready(None)
-        lag = self._source.lag()
+        lag = dict(self._source.lag())
+        for partition, waiting in self._waiting.items():
+            lag[partition] = lag.get(partition, 0) + sum(len(batch.entities) for batch in waiting)
         self._metrics.consumer_lag(
             lag, max((self._behind_s(p, n) for p, n in lag.items()), default=0.0)
         )
@@ -325,8 +327,12 @@ class Service:
         self._metrics.channels(self._faulty_channels())
 
     def _behind_s(self, partition: PartitionId, records: int) -> float:
-        """How long ago the newest message taken was appended, while there are newer ones."""
-        appended = self._appended_at.get(partition)
+        """How long ago the newest message taken was appended, while there are newer ones.
+
+        Where some wait, the oldest of them: the one before may be from before an outage.
+        """
+        waiting = self._waiting.get(partition)
+        appended = waiting[0].received_at if waiting else self._appended_at.get(partition)
         return max(0.0, self._clock() - appended) if records and appended else 0.0
 
     def _states(self, now: float) -> Counter[State]:

@@ -263,11 +263,17 @@ def test_what_an_outage_left_is_told_in_rounds_of_some_slots(
     Bench(MemorySource([batch(readings)]), expected).service.run()
     assert [len(round_.scores) for round_ in expected.rounds] == [2 * 39]
     monkeypatch.setattr(service_module, "MOST_CLOSED", 8)
-    bench = Bench(MemorySource([batch(readings)]), sink)
+    bench = Bench(MemorySource([replace(batch(readings), received_at=900.0)]), sink)
     bench.service.run(stopping=lambda: len(sink.scores) > 30)
     # Asked to stop in the middle of it, it does, and what is committed is whole.
     assert 30 < len(sink.scores) <= 38
+    bench.step()
+    # Readings of 10 slots wait, the first of which was appended at 900.
+    assert bench.metric("consumer_lag_records", topic="in", partition="0") == 20
+    assert bench.metric("consumer_lag_seconds") == bench.now - 900
     bench.service.run()
+    bench.step()
+    assert bench.metric("consumer_lag_seconds") == 0
     assert max(len(round_.scores) for round_ in sink.rounds) == 8
     assert told(sink) == told(expected)
     assert bench.metric("readings_total") == len(readings)
