@@ -5,6 +5,7 @@ committed offset, what its commit metadata knew, and the snapshots of its entiti
 """
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -280,6 +281,24 @@ def _join_once(coordinator: Any) -> None:  # noqa: ANN401 - kafka-python is unty
     coordinator._do_join_and_sync_async = join_once
 
 
+def _tell_of_fencing(coordinator: Any, tell: Callable[[], None]) -> None:  # noqa: ANN401
+    """Have `tell` called once the group has given our place to a namesake.
+
+    kafka-python 3.0.12 stops its heartbeats then, and says so in its log alone: without a commit,
+    or while it joins, it would be idle for ever.
+    """
+    send = coordinator._send_heartbeat_request
+
+    async def send_and_tell() -> None:
+        try:
+            await send()
+        except FencedInstanceIdError:
+            tell()
+            raise
+
+    coordinator._send_heartbeat_request = send_and_tell
+
+
 class KafkaSource:
     """A member of a consumer group that decodes messages itself, so that none can stop it."""
 
@@ -324,6 +343,8 @@ class KafkaSource:
         except KafkaError as error:
             raise RetryableError(f"no consumer: {error!r}") from error
         _join_once(self._consumer._coordinator)
+        self._fenced = threading.Event()
+        _tell_of_fencing(self._consumer._coordinator, self._fenced.set)
         self._consumer.subscribe([config.input.topic], listener=_Listener(self._events, assignor))
 
     @property
@@ -341,6 +362,8 @@ class KafkaSource:
         """
         polled = Polled()
         fetched = self._fetch()
+        if self._fenced.is_set():
+            raise name_taken(self._config)
         # Taken before the events are read: what the group decides after this has a later
         # generation, and the broker refuses a commit under an earlier one.
         polled.generation = self._consumer.group_metadata()

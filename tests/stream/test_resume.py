@@ -614,6 +614,22 @@ def test_a_namesake_that_rebuilds_its_windows_gives_way_at_its_first_failed_comm
     assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
 
 
+def test_a_namesake_whose_heartbeats_are_refused_ends_without_a_commit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"input.instance_id": "pod-0", "input.session_timeout": "6s"}
+    bench.config = bench.configured(**settings)
+    older = bench.second_life()
+    newer = bench.start()
+    newer.until(lambda: bool(newer.source._positions))
+    # As while it joins: there is nothing that it could commit.
+    monkeypatch.setattr(older.source, "_ask_for_our_place", lambda polled: None)
+    until = time.monotonic() + 20
+    with pytest.raises(StreamError, match="only service of group"):
+        while time.monotonic() < until:
+            older.service.step()
+
+
 def test_what_was_committed_is_not_what_an_earlier_question_is_answered_with(bench: Bench) -> None:
     live = bench.second_life()
     with pytest.raises(KafkaTimeoutError):
