@@ -8,6 +8,7 @@ Broker, producer and services share the cores of one machine; what is measured i
 the services. Everything goes to topics of a random name, which are deleted at the end.
 """
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,8 @@ def run_kafka_bench(
         tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder,
     ):
         slots = _WARMUP_SLOTS + -(-backlog // entities)
-        feeder = _Feeder(servers, name, bundle, entities)
+        steady = math.ceil(rate * seconds / entities)
+        feeder = _Feeder(servers, name, bundle, entities, slots + steady)
         say(f"sending a backlog of {slots * entities:,} readings of {entities:,} entities")
         feeder.send_slots(slots)
         say(f"starting {services} service{'' if services == 1 else 's'}")
@@ -186,7 +188,7 @@ def quantile(share: float, before: Record, after: Record) -> float | None:
 class _Feeder:
     """Sends one slot of all entities after the other, keyed by entity."""
 
-    def __init__(self, servers: str, topic: str, bundle: Bundle, entities: int) -> None:
+    def __init__(self, servers: str, topic: str, bundle: Bundle, entities: int, slots: int) -> None:
         try:
             from confluent_kafka import Producer  # noqa: PLC0415 - optional
         except ModuleNotFoundError:
@@ -208,7 +210,7 @@ class _Feeder:
         names = [f"host-{number:06d}" for number in range(entities)]
         self._names = [name.encode() for name in names]
         # Far enough in the past that no slot to come lies in the future.
-        self._time_ms = (int(time.time() * 1000) // period_ms - 100_000) * period_ms
+        self._time_ms = (int(time.time() * 1000) // period_ms - slots - 1) * period_ms
         self._next = 0
         self.kept = 1.0
         """Share of the rate that was asked for that this machine could send."""
