@@ -421,13 +421,10 @@ class PartitionBuffer:
         of their own. A part closes one slot of every entity at the least.
         """
         grid, times, end = self.grid, batch.timestamps_ms, -1
-        # How many readings come before the message of each.
-        before = np.searchsorted(batch.offsets, batch.offsets)
         if self.priming and batch.next_offset >= self.prime_until:
             # Here what was closed at the commit is closed, as if a reading said so.
             end = int(np.searchsorted(batch.offsets, self.prime_until))
             times = np.insert(times, end, self.prime_watermark_ms)
-            before = np.insert(before, end, end)
         if self.priming:
             replayed = np.arange(len(times)) < (end if end >= 0 else len(times))
             times = np.where(replayed & (times > self.prime_watermark_ms), NO_WATERMARK, times)
@@ -437,10 +434,14 @@ class PartitionBuffer:
         if not far.any():
             return batch, None
         first = int(np.argmax(far))
-        at = int(before[first])
         if first == 0:
             now, rest = batch.cut(0, self.prime_until if end == 0 else int(batch.offsets[0]))
             return replace(now, until_ms=grid.watermark_before(limit)), rest
+        at = end
+        if first != end:
+            # The message of the reading that is far begins here.
+            number = first - 1 if 0 <= end < first else first
+            at = int(np.searchsorted(batch.offsets, batch.offsets[number]))
         if at == end:
             now, rest = batch.cut(at, self.prime_until)
             # Where it is the end of priming that is far, it is not reached in this part.
