@@ -443,6 +443,7 @@ def _connect(
                 decoder,
                 grid,
                 client_options=options,
+                beat=health.beat,
             )
             return source, KafkaSink(
                 config, source.consumer, largest_dead_letter=largest, client_options=options

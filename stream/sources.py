@@ -311,9 +311,11 @@ class KafkaSource:
         *,
         client_options: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._clock = clock
+        self._beat = beat
         self._channels = tuple(channels)
         self._decoder = decoder
         self._grid = grid
@@ -519,6 +521,7 @@ class KafkaSource:
                 for p, m in metadata.items()
             },
             self._options,
+            self._beat,
         )
         begins = self._consumer.beginning_offsets(partitions)
         ends = self._consumer.end_offsets(partitions)
@@ -714,15 +717,17 @@ def read_snapshots(
     config: ServiceConfig,
     wanted: Mapping[int, Commit | None],
     client_options: Mapping[str, Any],
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[int, list[EntitySnapshot]]:
     """Read state partitions to their ends: of each entity the newest snapshot.
 
     `wanted` says where each partition was committed (None: unknown). Snapshots from beyond that are
     passed over: a service that wrote them without a transaction, at-least-once, died before it
-    committed, or it was set back by hand. So are older ones that such a service wrote late.
+    committed, or it was set back by hand. So are older ones that such a service wrote late. `beat`
+    is called as reading comes on, for who watches over the loop: there may be gigabytes to read.
 
     Raises:
-        RetryableError: the end was not reached in time.
+        RetryableError: the end was not reached, and nothing more came for `STATE_TIMEOUT_S`.
 
     """
     partitions = [TopicPartition(config.outputs.state, number) for number in wanted]
@@ -746,11 +751,15 @@ def read_snapshots(
     with connect(KafkaConsumer, **options, isolation_level="read_committed") as consumer:
         consumer.assign(partitions)
         consumer.seek_to_beginning(*partitions)
-        deadline = time.monotonic() + STATE_TIMEOUT_S
+        before, came_on_at = -1, 0.0
         while any(consumer.position(p) < ends[p] for p in partitions):
-            if time.monotonic() > deadline:
+            if (at := sum(map(consumer.position, partitions))) > before:
+                before, came_on_at = at, time.monotonic()
+                beat()
+            elif time.monotonic() > came_on_at + STATE_TIMEOUT_S:
                 raise RetryableError(
-                    f"the end of {config.outputs.state} was not reached in {STATE_TIMEOUT_S:.0f} s"
+                    f"the end of {config.outputs.state} was not reached, and nothing more of it "
+                    f"came in {STATE_TIMEOUT_S:g} s; is a transaction of another service open?"
                 )
             for partition, records in consumer.poll(timeout_ms=POLL_MS).items():
                 number = partition.partition

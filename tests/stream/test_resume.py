@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from stream import service as service_module
+from stream import sources
 from stream.buffer import UNKNOWN_OFFSET, EntitySnapshot
 from stream.codec import CommitMetadata, encode_snapshot
 from stream.config import ServiceConfig, load_config
@@ -40,6 +41,7 @@ from stream.sources import (
     Resume,
     _keep_newest,
     read_snapshots,
+    state_key,
     where_to_resume,
 )
 from stream.stall import StallWatch
@@ -128,6 +130,12 @@ class Bench:
             value = json.dumps(message).encode()
             self.producer.send(self.topic, key=entity.encode(), value=value, partition=partition)
         self.producer.flush()
+
+    def keep(self, producer: KafkaProducer, entity: str) -> Any:  # noqa: ANN401
+        """A snapshot of an entity, as a service writes it."""
+        snapshot = EntitySnapshot(entity, 1, 0, 0, AlertState("ok"))
+        key, value = state_key(self.config.input.group, entity), encode_snapshot(snapshot)
+        return producer.send(self.config.outputs.state, key=key, value=value, partition=0)
 
     def start(self) -> Live:
         self.lives.append(Live(self.config, self.grid))
@@ -422,6 +430,44 @@ def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_ov
     assert len(found) == told + 20  # the round that was not committed is there twice
     assert sorted(set(found)) == slots(*FIRST_LIFE, (range(59, told), "ok"))
     assert not live.lost()
+
+
+def test_state_that_takes_long_to_read_is_waited_for_as_long_as_it_comes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_topics(bench.config)
+    names = [f"e{number}" for number in range(8)]
+    for name in names:
+        bench.keep(bench.producer, name)
+    bench.producer.flush()
+    monkeypatch.setattr(sources, "STATE_TIMEOUT_S", 2.0)
+    beats = []
+
+    def slowly() -> None:
+        beats.append(time.monotonic())
+        time.sleep(0.5)
+
+    found = read_snapshots(bench.config, {0: None}, {"max_poll_records": 1}, slowly)
+    assert [snapshot.entity for snapshot in found[0]] == names
+    assert len(beats) == len(names)
+    assert beats[-1] - beats[0] > sources.STATE_TIMEOUT_S
+
+
+def test_state_behind_an_open_transaction_is_not_waited_for_for_ever(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_topics(bench.config)
+    monkeypatch.setattr(sources, "STATE_TIMEOUT_S", 1.0)
+    with KafkaProducer(bootstrap_servers=bench.servers, transactional_id=bench.topic) as other:
+        other.init_transactions()
+        other.begin_transaction()
+        bench.keep(other, "a").get(10)
+        with pytest.raises(
+            RetryableError, match="in 1 s; is a transaction of another service open"
+        ):
+            read_snapshots(bench.config, {0: None}, {})
+        other.commit_transaction()
+    assert [snapshot.entity for snapshot in read_snapshots(bench.config, {0: None}, {})[0]] == ["a"]
 
 
 def test_a_snapshot_from_beyond_the_commit_is_known_by_its_offset_or_else_its_slot() -> None:
