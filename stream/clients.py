@@ -3,7 +3,7 @@
 import re
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from kafka.errors import (
@@ -170,6 +170,23 @@ def within(seconds: float, call: Callable[[], None]) -> None:
         raise KafkaTimeoutError(f"no answer within {seconds:g} s")
     if failures:
         raise failures[0]
+
+
+def deliver(producer: Any, sent: Iterable[Any], seconds: float) -> None:  # noqa: ANN401
+    """Wait until the broker has all that was `sent` (futures).
+
+    A transaction needs it before it is committed. Where that took longer than the transaction's
+    timeout, the broker has given it up, and refuses the records by their old epoch; kafka-python
+    3.0.12 then takes a new epoch, finds nothing to commit under it, and says that all is committed.
+
+    Raises:
+        KafkaError: that it has not, or refuses some of it.
+
+    """
+    producer.flush(seconds)
+    for future in sent:
+        if not future.succeeded():
+            future.get(timeout=0)
 
 
 def abandon(producer: Any) -> None:  # noqa: ANN401

@@ -19,7 +19,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from stream.clients import abandon, connect, within
+from stream.clients import abandon, connect, deliver, within
 from stream.compose import decoder_of
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
@@ -175,23 +175,25 @@ class _Stage:
         if not ready:
             return
         self._producer.begin_transaction()
-        for message in ready:
-            record = message.record
+        sent = [
             self._producer.send(
                 self._to,
-                value=record.value,
+                value=message.record.value,
                 key=message.key,
-                headers=list(record.headers),
-                timestamp_ms=record.timestamp if record.timestamp >= 0 else None,
+                headers=list(message.record.headers),
+                timestamp_ms=message.record.timestamp if message.record.timestamp >= 0 else None,
             )
+            for message in ready
+        ]
         offsets = {p: OffsetAndMetadata(self._next(p), "", -1) for p in self._waiting}
-        within(self._timeout_s, lambda: self._end(offsets))
+        within(self._timeout_s, lambda: self._end(sent, offsets))
         summary.messages += len(ready)
         summary.unread += sum(message.unread for message in ready)
         summary.mixed += sum(message.mixed for message in ready)
 
-    def _end(self, offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
+    def _end(self, sent: list[Any], offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
         self._producer.send_offsets_to_transaction(offsets, self._consumer.group_metadata())
+        deliver(self._producer, sent, self._timeout_s)
         self._producer.commit_transaction()
 
     def _ready(self) -> list[_Message]:

@@ -26,7 +26,7 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 from msgspec.structs import asdict
 
 from stream.buffer import EntitySnapshot
-from stream.clients import abandon, connect, within
+from stream.clients import abandon, connect, deliver, within
 from stream.codec import (
     CommitMetadata,
     encode_alert,
@@ -169,13 +169,10 @@ class KafkaSink:
         try:
             if self._exactly_once:
                 self._producer.begin_transaction()
-                self._send(round_)
-                within(self._timeout_s, lambda: self._end_transaction(offsets, generation))
+                sent = self._send(round_)
+                within(self._timeout_s, lambda: self._end_transaction(sent, offsets, generation))
             else:
-                futures = self._send(round_)
-                self._producer.flush(self._timeout_s)
-                for future in futures:
-                    future.get(timeout=0)
+                deliver(self._producer, self._send(round_), self._timeout_s)
                 self._consumer.commit(offsets, timeout_ms=int(self._timeout_s * 1000))
         except FencedInstanceIdError as error:
             raise name_taken(self._config) from error
@@ -186,10 +183,12 @@ class KafkaSink:
 
     def _end_transaction(
         self,
+        sent: list[Any],
         offsets: dict[TopicPartition, OffsetAndMetadata],
         generation: Any,  # noqa: ANN401
     ) -> None:
         self._producer.send_offsets_to_transaction(offsets, generation)
+        deliver(self._producer, sent, self._timeout_s)
         self._producer.commit_transaction()
 
     def _send(self, round_: Round) -> list[Any]:

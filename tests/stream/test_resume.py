@@ -405,6 +405,31 @@ def test_added_partitions_are_taken_while_the_service_runs(bench: Bench) -> None
     assert bench.states("b")[:3] == slots((range(61, 63), "warming"), (range(63, 64), "ok"))
 
 
+def test_a_transaction_that_the_broker_gave_up_before_its_records_came_is_done_again(
+    bench: Bench,
+) -> None:
+    bench.config = bench.configured(**{"delivery.transaction_timeout": "1s"})
+    bench.first_life()
+    live = bench.start()
+    live.sink._options["linger_ms"] = 60_000  # sent when it is flushed
+    live.sink.reset()
+    add_offsets = live.sink._producer.send_offsets_to_transaction
+
+    def sleep_over_it(*given: object) -> None:
+        add_offsets(*given)
+        # The broker looks for what is overdue once a second, and ends it under another epoch.
+        time.sleep(3)
+
+    live.sink._producer.send_offsets_to_transaction = sleep_over_it
+    bench.send(range(61, 71))
+    with pytest.raises(RetryableError, match="InvalidProducerEpoch"):
+        while True:
+            live.service.step()
+    bench.send(range(71, 81))
+    live.until(lambda: live.count("scores") >= 20)
+    assert bench.states() == slots(*FIRST_LIFE, (range(59, 79), "ok"))
+
+
 @pytest.mark.parametrize("complete", [False, True])
 def test_at_least_once_snapshots_of_a_round_that_was_not_committed_are_passed_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, complete: bool
