@@ -54,7 +54,9 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs, for what depends on a seed.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of what depends on chance; --stress does.")
+    ] = 1,
     shared: Annotated[
         bool, typer.Option("--shared/--own", help="One model for a whole set, or one an entity.")
     ] = True,

@@ -243,6 +243,19 @@ def test_every_detector_is_run_on_every_judged_entity(
     assert lines[0].startswith("pumps  l2  seed 0: VUS-PR ")
 
 
+def test_stress_is_drawn_anew_for_every_seed(data: Path) -> None:
+    settings = Settings(("l2",), seeds=2, stress=True)
+    results = list(evaluate([loaded(data / "fans")], settings, lambda _: None))
+    of_seed = [
+        {each.stress: each.metrics["vus_pr"] for each in results if each.seed == seed}
+        for seed in range(2)
+    ]
+    same = {kind for kind, vus_pr in of_seed[0].items() if of_seed[1][kind] == vus_pr}
+    assert set(of_seed[0]) == {"clean", "missing", "dead", "drift", "contaminated"}
+    assert "clean" in same
+    assert not same & {"missing", "contaminated"}
+
+
 def test_a_summary_is_the_mean_over_seeds_then_entities() -> None:
     def result(entity: str, seed: int, vus_pr: float, kind: str = "clean") -> Result:
         return Result("s", entity, "cnn", seed, kind, {"vus_pr": vus_pr, "delay_slots": math.nan})
