@@ -86,12 +86,12 @@ def test_rekey_repeats_nothing_when_a_commit_fails(
     working: Callable[..., None] = _Stage._end
     failures = [True]
 
-    def fail_once(stage: _Stage, offsets: object) -> None:
+    def fail_once(stage: _Stage, *given: object) -> None:
         if failures:
             failures.pop()
             stage._producer.flush()
             raise KafkaTimeoutError("after everything was sent")
-        working(stage, offsets)
+        working(stage, *given)
 
     monkeypatch.setattr(_Stage, "_end", fail_once)
     rekey(config(kafka, topic), to, stopping=never, until_end=True)
