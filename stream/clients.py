@@ -3,7 +3,7 @@
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from kafka.errors import (
@@ -175,10 +175,6 @@ def within(seconds: float, call: Callable[[], None]) -> None:
 def deliver(producer: Any, sent: Iterable[Any], seconds: float) -> None:  # noqa: ANN401
     """Wait until the broker has all that was `sent` (futures).
 
-    A transaction needs it before it is committed. Where that took longer than the transaction's
-    timeout, the broker has given it up, and refuses the records by their old epoch; kafka-python
-    3.0.12 then takes a new epoch, finds nothing to commit under it, and says that all is committed.
-
     Raises:
         KafkaError: that it has not, or refuses some of it.
 
@@ -187,6 +183,28 @@ def deliver(producer: Any, sent: Iterable[Any], seconds: float) -> None:  # noqa
     for future in sent:
         if not future.succeeded():
             future.get(timeout=0)
+
+
+def end_transaction(
+    producer: Any,  # noqa: ANN401 - kafka-python is untyped
+    sent: Iterable[Any],
+    offsets: Mapping[Any, Any],
+    group: Any,  # noqa: ANN401
+    seconds: float,
+) -> None:
+    """Add the group's offsets to a transaction, and commit it once all that was `sent` is there.
+
+    A commit alone would not tell. Where the records took longer than the transaction's timeout, the
+    broker has given it up, and refuses them by their old epoch; kafka-python 3.0.12 then takes a
+    new epoch, finds nothing to commit under it, and says that all is committed.
+
+    Raises:
+        KafkaError: it is not committed.
+
+    """
+    producer.send_offsets_to_transaction(offsets, group)
+    deliver(producer, sent, seconds)
+    producer.commit_transaction()
 
 
 def abandon(producer: Any) -> None:  # noqa: ANN401

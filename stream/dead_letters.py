@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from stream.clients import connect, deliver
+from stream.clients import connect, deliver, end_transaction
 from stream.codec import Origin, origin_of
 from stream.config import ServiceConfig
 from stream.errors import StreamError, TopicError
@@ -118,11 +118,9 @@ def _resend(
                 producer.begin_transaction()
             futures = _send(producer, batch, origins, counts)
             if exactly_once:
-                producer.send_offsets_to_transaction(position, group)
-            deliver(producer, futures, _TIMEOUT_S)
-            if exactly_once:
-                producer.commit_transaction()
+                end_transaction(producer, futures, position, group, _TIMEOUT_S)
             else:
+                deliver(producer, futures, _TIMEOUT_S)
                 consumer.commit(position, timeout_ms=int(_TIMEOUT_S * 1000))
             sent += len(futures)
             left += len(batch) - len(futures)

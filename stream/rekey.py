@@ -19,7 +19,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from stream.clients import abandon, connect, deliver, within
+from stream.clients import abandon, connect, end_transaction, within
 from stream.compose import decoder_of
 from stream.config import ServiceConfig
 from stream.errors import DecodeError, RetryableError, StreamError
@@ -186,15 +186,11 @@ class _Stage:
             for message in ready
         ]
         offsets = {p: OffsetAndMetadata(self._next(p), "", -1) for p in self._waiting}
-        within(self._timeout_s, lambda: self._end(sent, offsets))
+        producer, group, limit = self._producer, self._consumer.group_metadata(), self._timeout_s
+        within(limit, lambda: end_transaction(producer, sent, offsets, group, limit))
         summary.messages += len(ready)
         summary.unread += sum(message.unread for message in ready)
         summary.mixed += sum(message.mixed for message in ready)
-
-    def _end(self, sent: list[Any], offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
-        self._producer.send_offsets_to_transaction(offsets, self._consumer.group_metadata())
-        deliver(self._producer, sent, self._timeout_s)
-        self._producer.commit_transaction()
 
     def _ready(self) -> list[_Message]:
         """Take the oldest messages for as long as every partition has one, or is at its end."""

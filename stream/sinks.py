@@ -26,7 +26,7 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 from msgspec.structs import asdict
 
 from stream.buffer import EntitySnapshot
-from stream.clients import abandon, connect, deliver, within
+from stream.clients import abandon, connect, deliver, end_transaction, within
 from stream.codec import (
     CommitMetadata,
     encode_alert,
@@ -168,9 +168,10 @@ class KafkaSink:
         }
         try:
             if self._exactly_once:
-                self._producer.begin_transaction()
+                producer, limit = self._producer, self._timeout_s
+                producer.begin_transaction()
                 sent = self._send(round_)
-                within(self._timeout_s, lambda: self._end_transaction(sent, offsets, generation))
+                within(limit, lambda: end_transaction(producer, sent, offsets, generation, limit))
             else:
                 deliver(self._producer, self._send(round_), self._timeout_s)
                 self._consumer.commit(offsets, timeout_ms=int(self._timeout_s * 1000))
@@ -180,16 +181,6 @@ class KafkaSink:
             raise StreamError(f"the broker refuses to be written to: {error}") from error
         except KafkaError as error:
             raise RetryableError(f"a commit failed: {error!r}") from error
-
-    def _end_transaction(
-        self,
-        sent: list[Any],
-        offsets: dict[TopicPartition, OffsetAndMetadata],
-        generation: Any,  # noqa: ANN401
-    ) -> None:
-        self._producer.send_offsets_to_transaction(offsets, generation)
-        deliver(self._producer, sent, self._timeout_s)
-        self._producer.commit_transaction()
 
     def _send(self, round_: Round) -> list[Any]:
         names, send = self._config.outputs, self._producer.send

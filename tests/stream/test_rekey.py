@@ -5,16 +5,18 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kafka import KafkaProducer
 from kafka.errors import KafkaTimeoutError
 
+from stream import rekey as rekey_module
+from stream.clients import end_transaction
 from stream.config import ServiceConfig, load_config
 from stream.formats.native import decode_native
-from stream.rekey import RekeySummary, _Stage, keyed, rekey
+from stream.rekey import RekeySummary, keyed, rekey
 from tests.conftest import MakeTopic
 from tests.stream.workers import Reader
 
@@ -83,17 +85,16 @@ def test_rekey_repeats_nothing_when_a_commit_fails(
 ) -> None:
     topic, to = make_topic(partitions=3), make_topic(partitions=3)
     spread(kafka, topic)
-    working: Callable[..., None] = _Stage._end
     failures = [True]
 
-    def fail_once(stage: _Stage, *given: object) -> None:
+    def fail_once(producer: KafkaProducer, *given: Any) -> None:  # noqa: ANN401
         if failures:
             failures.pop()
-            stage._producer.flush()
+            producer.flush()
             raise KafkaTimeoutError("after everything was sent")
-        working(stage, *given)
+        end_transaction(producer, *given)
 
-    monkeypatch.setattr(_Stage, "_end", fail_once)
+    monkeypatch.setattr(rekey_module, "end_transaction", fail_once)
     rekey(config(kafka, topic), to, stopping=never, until_end=True)
     reader = Reader(kafka, to)
     records = reader.records()
