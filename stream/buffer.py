@@ -783,7 +783,7 @@ class PartitionBuffer:
             return
         at = (span.first_slot + grid.lag + np.arange(streams.shape[1])) % grid.ring
         # Past a row's own length streams are NaN, which is not calm; the rest will say more.
-        self._calm[span.rows[:, None], at] = learner.calm(streams, span.model_rows)
+        self._calm[span.rows[:, None], at] = learner.calm(streams, span.model_rows, span.states)
         for row, length in zip(span.rows.tolist(), span.lengths.tolist(), strict=True):
             self._learn(row, span.first_slot + length - 1)
 

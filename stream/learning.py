@@ -9,6 +9,7 @@ that the streams and the alert rule look back on; a restart reads the log again 
 comes to the later ones by itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -48,7 +49,9 @@ class Learner(Protocol):
     def phase(self, entity: str) -> int:
         """Block k of an entity holds the slots from k * block - phase on."""
 
-    def calm(self, streams: Float32, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+    def calm(
+        self, streams: Float32, rows: NDArray[np.int32], states: Sequence[Float32 | None]
+    ) -> NDArray[np.bool_]:
         """Which slots (E, T) are usual enough to be learned from."""
 
     def learn(

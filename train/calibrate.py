@@ -13,7 +13,7 @@ from train.data import Dataset
 from tsdiff import calibration, scorers
 from tsdiff.calibration import Calibration
 from tsdiff.reading import Model, Reader, read_spans
-from tsdiff.scorers import Readings
+from tsdiff.scorers import Readings, Smoothing
 from tsdiff.types import DoubleArray, FloatArray
 
 _SPAN = 512
@@ -34,14 +34,8 @@ def _padded(sample: FloatArray) -> FloatArray:
     return np.pad(sample, widths, mode="edge")
 
 
-@partial(jax.jit, static_argnames=("half_life", "behind", "lag"))
-def _scales(
-    streams: Array, coverage: Array, neutral: Array, half_life: float, behind: int, lag: int
-) -> Array:
-    """Streams (N, S) at both time scales, (N - behind - lag, C)."""
-    settled = scorers.settle(streams, coverage, neutral)
-    long = scorers.smooth(settled[None], neutral, half_life, behind, lag)[0]
-    return jnp.concatenate([settled[behind : len(settled) - lag], long], 1)
+_settle = jax.jit(scorers.settle)
+_smooth = jax.jit(scorers.smooth, static_argnames="by")
 
 
 @partial(jax.jit, static_argnames="unexplained")
@@ -102,28 +96,39 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
     neutral = _rows([np.median(_covered(part), 0) for part in held_out], unknown)
 
-    def scales(part: _HeldOut, row: int, lag: int) -> FloatArray:
-        """Streams at both time scales, (N, C), of the slots that have all neighbours needed."""
-        own = neutral[row][None]
-        behind, number = config.smoothing - 1, len(part.z)
+    def settled(part: _HeldOut, row: int) -> FloatArray:
         streams, coverage = (_padded(np.asarray(each)) for each in part.readings[:2])
-        found = _scales(streams, coverage, own, config.smoothing_half_life, behind, lag)
-        return np.asarray(found)[: number - behind - lag]
+        return np.asarray(_settle(streams, coverage, neutral[row]))[: len(part.z)]
 
-    each = [
-        _fit_tails(
-            [scales(part, row, lag) for row, part in enumerate(held_out)],
-            np.concatenate(
-                [scales(part, -1 if several else row, lag) for row, part in enumerate(unknown)]
-            ),
-            reader.unexplained,
-        )
-        for lag in calibration.LAGS
-    ]
-    by_lag = zip(*(tails for tails, _ in each), strict=True)
+    own = [settled(part, row) for row, part in enumerate(held_out)]
+    pooled = [settled(part, -1) for part in unknown] if several else own
+    before = config.smoothing - 1  # slots that are read, but not calibrated on
+
+    def both_scales(streams: FloatArray, row: int, usual: FloatArray, by: Smoothing) -> FloatArray:
+        """Streams at both time scales, (N, C), of the slots that have all neighbours needed."""
+        known = streams[before - by.behind :]
+        long = np.asarray(_smooth(_padded(known)[None], neutral[row][None], usual[None], by=by))[0]
+        last = len(known) - by.ahead
+        return np.concatenate([known[by.behind : last], long[: last - by.behind]], 1)
+
+    def usual(streams: Sequence[FloatArray], by: Smoothing) -> FloatArray:
+        """98th percentiles (S,), as the short scale's last knots will have them."""
+        sample = np.concatenate([each[before : len(each) - by.ahead] for each in streams])
+        return np.stack([calibration.fit_knots(column)[-1] for column in sample.T])
+
+    def tails(by: Smoothing) -> tuple[_Tails, FloatArray]:
+        of_own = [both_scales(part, row, usual([part], by), by) for row, part in enumerate(own)]
+        of_all = of_own
+        if several:
+            limit = usual(pooled, by)
+            of_all = [both_scales(part, -1, limit, by) for part in pooled]
+        return _fit_tails(of_own, np.concatenate(of_all), reader.unexplained)
+
+    each = [tails(scorers.smoothing(config, lag)) for lag in calibration.LAGS]
+    by_lag = zip(*(found for found, _ in each), strict=True)
     tables = Calibration(jnp.asarray(neutral), *(jnp.stack(parts, 1) for parts in by_lag))
     evidence = each[0][1]
-    band_scale, coverage = _fit_bands(held_out, config.smoothing - 1)
+    band_scale, coverage = _fit_bands(held_out, before)
     metrics = {
         "held_out_slots": float(len(evidence)),
         "band_coverage": coverage,
@@ -149,17 +154,20 @@ def _fit_tails(
     samples = [*own, pooled]
     knots = np.stack([[calibration.fit_knots(column) for column in each.T] for each in samples])
     # A row's own exceedances are few: its tail's exponent leans on all rows' together.
-    prior = [
-        1.0 / (np.log(10.0) * calibration.fit_slope(column, last))
+    of_all = [
+        calibration.fit_slope(column, last)
         for column, last in zip(pooled.T, knots[-1, :, -1], strict=True)
     ]
     slope = np.array(
         [
-            [
-                calibration.fit_slope(column, last, excess)
-                for column, last, excess in zip(each.T, knots[row, :, -1], prior, strict=True)
-            ]
-            for row, each in enumerate(samples)
+            *(
+                [
+                    calibration.fit_slope(column, last, every)
+                    for column, last, every in zip(each.T, knots[row, :, -1], of_all, strict=True)
+                ]
+                for row, each in enumerate(own)
+            ),
+            of_all,
         ],
         np.float32,
     )

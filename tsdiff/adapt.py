@@ -5,6 +5,12 @@
 float32 vectors that nobody changes, None before the first block; so the same blocks give the same
 states, live, in a backfill and after a restart. Only calm slots teach, and what they taught fades
 by half in `HALF_LIFE` of them (exponential forgetting).
+
+Calm is what is as usual as most of the held-out slots were. Where that hardly ever happens any
+more, normal has changed, and who waited for the old one to come back would never learn the new one.
+So the limit widens while fewer than `_CALM_SHARE` of the slots are calm, and narrows while more
+are, down to where it began: the online update of adaptive conformal inference (Gibbs & Candes 2021,
+arXiv:2106.00170, eq. 2), in the limit's logarithm.
 """
 
 import zlib
@@ -31,6 +37,10 @@ from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
 _MOST_CHANNELS = 100
 HALF_LIFE = 5000.0
 _SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
+_CALM_SHARE = 0.25
+# Of the limit's logarithm, a slot: where nothing is calm it doubles in 4,000 slots. In half of that
+# faults of half a day were learned (SMD).
+_WIDENING = 0.0007
 # Levels are a mean: it may not be drawn far by what was taken for calm, but is not.
 _FURTHEST = 10.0
 
@@ -41,7 +51,8 @@ class Adaptation(ABC):
     Attributes:
         block: slots that are learned from at a time.
         context: slots before them that are needed besides.
-        size: length of a state, float32.
+        size: length of a state, float32; the last number is the logarithm of how much wider than at
+            first the limit of calm slots is.
         key: names the bundle and the kind of state; another's states mean nothing.
 
     """
@@ -81,10 +92,14 @@ class Adaptation(ABC):
         return zlib.crc32(entity.encode("utf-8", "surrogatepass")) % self.block
 
     def calm(
-        self, streams: Float[FloatArray, "E T S"], rows: IntArray
+        self,
+        streams: Float[FloatArray, "E T S"],
+        rows: IntArray,
+        states: Sequence[FloatArray | None],
     ) -> Bool[NDArray[np.bool_], "E T"]:
-        """Which slots are usual enough to be learned from: as 98 % of held-out ones."""
-        usual = self._usual[rows][:, None, :]
+        """Which slots are usual enough to be learned from: as 98 % of held-out ones, or of late."""
+        wider = np.array([0.0 if state is None else state[-1] for state in states], np.float32)
+        usual = (self._usual[rows] * np.exp(wider)[:, None])[:, None, :]
         return np.asarray((streams[..., : usual.shape[-1]] <= usual).all(-1))
 
     def learn(
@@ -105,12 +120,17 @@ class Adaptation(ABC):
         basis = harmonics(slots, self._period_ms, len(weights))
         centre = means_of_slots(mean, scale, weights, basis)
         z = np.asarray(normalize(values, centre, scale, self._clip), np.float32)
-        return self._learn(row, state, z, calm)
+        seen = np.count_nonzero(np.isfinite(z[self.context :]).any(1))
+        wider = 0.0 if state is None else float(state[-1])
+        wider += _WIDENING * (_CALM_SHARE * seen - np.count_nonzero(calm))
+        learned = self._learn(row, None if state is None else state[:-1], z, calm)
+        return np.append(learned, np.float32(max(wider, 0.0)))
 
     @abstractmethod
     def _learn(
         self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
-    ) -> FloatArray: ...
+    ) -> FloatArray:
+        """Return the next state; neither has the last number."""
 
     @abstractmethod
     def prepare(
@@ -128,18 +148,18 @@ class Adaptation(ABC):
 
 
 class Level(Adaptation):
-    """A drifting mean per channel: the state (D,) is how far it has drifted, normalised."""
+    """A drifting mean per channel: the state holds how far each (D,) has drifted, normalised."""
 
     block = 64
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        self.context, self.size = 0, len(bundle.channels)
+        self.context, self.size = 0, len(bundle.channels) + 1
 
     def _learn(
         self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
     ) -> FloatArray:
-        before = np.zeros(self.size, np.float32) if state is None else state
+        before = np.zeros(self.size - 1, np.float32) if state is None else state
         off = z[calm] - self._mean[self._anchor_row(row)] - before
         seen = np.isfinite(off)
         count = seen.sum(0)
@@ -159,7 +179,7 @@ class Level(Adaptation):
         drift = np.zeros_like(mean)
         for i, state in enumerate(states):
             if state is not None:
-                drift[i] = state
+                drift[i] = state[:-1]
         return model, mean + scale * drift
 
 
@@ -177,7 +197,7 @@ class Full(Adaptation):
         self._config = bundle.manifest.model
         self._channels = len(bundle.channels)
         self.context = self._config.window - 1
-        self.size = self._channels * (1 + self._config.window * self._channels)
+        self.size = self._channels * (1 + self._config.window * self._channels) + 1
         self._lags = np.asarray(bundle.arrays["moments.lags"], np.float32)
         self._fitted = [
             np.asarray(bundle.arrays[f"anchor.{name}"], np.float64)
@@ -210,7 +230,7 @@ class Full(Adaptation):
         if state is None:
             anchor = self._anchor_row(row)
             return Moments(*(p[anchor].astype(np.float64) for p in (self._mean, self._lags)))
-        wide = state.astype(np.float64)
+        wide = state[: self.size - 1].astype(np.float64)
         lags = wide[self._channels :].reshape(-1, self._channels, self._channels)
         return Moments(wide[: self._channels], lags)
 

@@ -17,7 +17,9 @@ class ModelConfig:
 
     `window` is what is read at once; `hidden` how many last slots a masked reading hides; `sigma`
     the noise level of the unmasked reading; `smoothing` the slots of the streams' long scale, in
-    which a slot weighs half of one that is `smoothing_half_life` slots younger.
+    which a slot weighs half of one that is `smoothing_half_life` slots younger, and counts as no
+    more than `smoothing_ceiling` times the stream's 98th percentile. With a lag the long scale is
+    of the slots to come, and weights halve in `smoothing_half_life_ahead`.
     """
 
     window: int = 16  # what a 32-rank Gaussian can learn of 38 channels in a day
@@ -29,6 +31,8 @@ class ModelConfig:
     hidden: int = 4
     smoothing: int = 16
     smoothing_half_life: float = 3.0
+    smoothing_half_life_ahead: float = 6.0
+    smoothing_ceiling: float = 3.0  # so that one wild slot is not remembered as an event
 
     def __post_init__(self) -> None:
         if not 1 <= self.hidden < self.window:
@@ -39,12 +43,16 @@ class ModelConfig:
             raise ConfigError(
                 f"expected rank, smoothing >= 1, got rank={self.rank}, smoothing={self.smoothing}"
             )
-        if min(self.noise_floor, self.sigma, self.smoothing_half_life) <= 0:
-            raise ConfigError(
-                "expected noise_floor, sigma, smoothing_half_life > 0, got "
-                f"noise_floor={self.noise_floor}, sigma={self.sigma}, "
-                f"smoothing_half_life={self.smoothing_half_life}"
-            )
+        positive = (
+            "noise_floor",
+            "sigma",
+            "smoothing_half_life",
+            "smoothing_half_life_ahead",
+            "smoothing_ceiling",
+        )
+        if min(getattr(self, name) for name in positive) <= 0:
+            got = ", ".join(f"{name}={getattr(self, name)}" for name in positive)
+            raise ConfigError(f"expected {', '.join(positive)} > 0, got {got}")
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,11 @@ def detect_spans(
     neutral = fitted.neutral[rows]
     streams = scorers.settle(read.streams, read.coverage, neutral[:, None, :])
     streams = jnp.where(jnp.isfinite(streams), streams, neutral[:, None, :])
-    behind = config.smoothing - 1
+    by = scorers.smoothing(config, lag)
     known = jnp.concatenate([history, streams], 1)
-    long = scorers.smooth(known, neutral, config.smoothing_half_life, behind, lag)
-    short = known[:, behind : known.shape[1] - lag]
+    usual = fitted.knots[rows][:, : streams.shape[-1], -1]
+    long = scorers.smooth(known, neutral, usual, by)
+    short = known[:, by.behind : known.shape[1] - lag]
     short = jnp.where(jnp.isnan(short), neutral[:, None, :], short)
     evidence = calibration.stream_evidence(
         jnp.concatenate([short, long], -1), fitted.knots[rows], fitted.slope[rows]
@@ -210,7 +211,8 @@ class Detector:
         self.period_ms = bundle.period_ms
         self._config = bundle.manifest.model
         self.window = self._config.window
-        self.history = self._config.smoothing - 1 + lag
+        by = scorers.smoothing(self._config, lag)
+        self.history = by.behind + by.ahead
         self.compilations = 0
         self._batches = {span: batch for batch, span in shapes}
         self.longest_span = max(self._batches)

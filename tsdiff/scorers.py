@@ -3,7 +3,7 @@
 
 A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
 a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
-it is, and as a moving average whose weights halve in a few slots, to both sides with a lag.
+it is, and as a moving average of the slots before it or, with a lag, of those after it.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from tsdiff import anchor
 from tsdiff.anchor import Whitened
+from tsdiff.config import ModelConfig
 
 STREAMS = ("reconstruction", "density", "forecast", "imputation")
 """Names of the streams, in their order along S."""
@@ -123,22 +124,45 @@ def settle(
     return jnp.where(coverage > 0, neutral + (streams - neutral) * jnp.sqrt(coverage), neutral)
 
 
+class Smoothing(NamedTuple):
+    """How the long time scale is made: of which slots beside a slot itself, and their weights.
+
+    Weights halve every `half_life` slots of distance, and no slot counts as more than `ceiling`
+    times what is usual: a long event adds up, a short one is soon forgotten, however wild.
+    """
+
+    behind: int
+    ahead: int
+    half_life: float
+    ceiling: float
+
+
+def smoothing(config: ModelConfig, lag: int) -> Smoothing:
+    """Return what a slot's long scale is made of if `lag` slots after it may be seen.
+
+    A window looks back as it is, and is strange for as long as it holds what was: slots to come,
+    where there are any, say more than those before.
+    """
+    if lag:
+        return Smoothing(0, lag, config.smoothing_half_life_ahead, config.smoothing_ceiling)
+    return Smoothing(config.smoothing - 1, 0, config.smoothing_half_life, config.smoothing_ceiling)
+
+
 def smooth(
     streams: Float[Array, "E M S"],
     neutral: Float[Array, "E S"],
-    half_life: float,
-    behind: int,
-    ahead: int,
+    usual: Float[Array, "E S"],
+    by: Smoothing,
 ) -> Float[Array, "E T S"]:
-    """Moving average of T = M - behind - ahead slots over so many before and after each.
+    """Moving average of T = M - behind - ahead slots; NaN counts as `neutral`.
 
-    Weights halve every `half_life` slots of distance: a long event adds up, a short one is soon
-    forgotten. NaN counts as neutral.
+    `usual` is the limit of usual values: the streams' 98th percentiles.
     """
     known = jnp.where(jnp.isnan(streams), neutral[:, None, :], streams)
-    weight = 0.5 ** (np.abs(np.arange(-behind, ahead + 1)) / half_life)
+    known = jnp.minimum(known, by.ceiling * usual[:, None, :])
+    weight = 0.5 ** (np.abs(np.arange(-by.behind, by.ahead + 1)) / by.half_life)
     weight /= weight.sum()
-    span = streams.shape[1] - behind - ahead
+    span = streams.shape[1] - by.behind - by.ahead
     return sum(
         (float(kept) * known[:, at : at + span] for at, kept in enumerate(weight)),
         start=jnp.zeros_like(known[:, :span]),

@@ -70,7 +70,7 @@ def score_series(
             whole[begin:end] = part[0]
         if adaptation is not None and learns:
             read = slice(before + begin + lag, before + end + lag)
-            calm[read] = adaptation.calm(found.streams, rows)[0]
+            calm[read] = adaptation.calm(found.streams, rows, [state])[0]
             # Of what is known by now: `lag` slots more than are scored.
             taught = slice(max(read.stop - adaptation.block, 0), read.stop)
             context = slice(max(taught.start - adaptation.context, 0), read.stop)

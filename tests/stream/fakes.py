@@ -27,7 +27,7 @@ class FakeDetection(NamedTuple):
 
 
 class FakeLearner:
-    """The state is a level, and how far neighbours go together; calm is what is below 3."""
+    """The state is a level, and how far neighbours go together; calm is below 3 and a bit of it."""
 
     block = 6
     context = 1
@@ -41,9 +41,12 @@ class FakeLearner:
     def phase(self, entity: str) -> int:
         return len(entity) % self.block
 
-    def calm(self, streams: Float32, rows: NDArray[np.int32]) -> NDArray[np.bool_]:
-        assert streams.shape[0] == len(rows)
-        usual: NDArray[np.bool_] = streams[..., 0] < 3
+    def calm(
+        self, streams: Float32, rows: NDArray[np.int32], states: Sequence[Float32 | None]
+    ) -> NDArray[np.bool_]:
+        assert streams.shape[0] == len(rows) == len(states)
+        levels = [0.0 if state is None else float(state[0]) for state in states]
+        usual: NDArray[np.bool_] = streams[..., 0] < 3 + 0.1 * np.array(levels)[:, None]
         return usual
 
     def learn(

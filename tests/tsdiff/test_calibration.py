@@ -63,6 +63,19 @@ def test_evidence_has_no_jump_at_the_last_knot() -> None:
     assert below == pytest.approx(-math.log10(calibration.TAIL), abs=1e-3)
 
 
+def test_a_few_exceedances_lean_on_what_all_rows_have() -> None:
+    rng = np.random.default_rng(5)
+    everybody = 6.0
+    few, many = (rng.pareto(2.0, size).astype(np.float32) + 1.0 for size in (500, 500_000))
+    own = [
+        calibration.fit_slope(part, float(np.quantile(part, 0.98)), everybody)
+        for part in (few, many)
+    ]
+    # Ten exceedances say little against a hundred, ten thousand nearly all.
+    assert own[0] == pytest.approx(everybody, rel=0.3)
+    assert own[1] == pytest.approx(2.0 / math.log(10.0), rel=0.05)
+
+
 def test_the_combination_is_calibrated_once_more() -> None:
     """Independent evidences together are too large; after that they are right again."""
     rng = np.random.default_rng(4)

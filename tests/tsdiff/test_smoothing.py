@@ -1,0 +1,65 @@
+"""The streams' long time scale, on series whose averages are known."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsdiff import scorers
+from tsdiff.calibration import LAGS
+from tsdiff.config import ModelConfig
+from tsdiff.scorers import Smoothing
+
+NEUTRAL, USUAL = 1.0, 2.0
+
+
+def smoothed(values: np.ndarray, by: Smoothing) -> np.ndarray:
+    """Long scale of one stream (M,) of one entity, (T,)."""
+    found = scorers.smooth(
+        jnp.asarray(values, jnp.float32)[None, :, None],
+        jnp.full((1, 1), NEUTRAL),
+        jnp.full((1, 1), USUAL),
+        by,
+    )
+    series: np.ndarray = np.asarray(found)
+    return np.asarray(series[0, :, 0])
+
+
+def test_weights_halve_and_add_up_to_one() -> None:
+    by = Smoothing(behind=9, ahead=0, half_life=3.0, ceiling=3.0)
+    spike = np.zeros(40)
+    spike[20] = USUAL
+    found = smoothed(spike, by)
+    at = 20 - by.behind
+    assert found[:at].tolist() == [0.0] * at
+    assert found[at + 3] == pytest.approx(found[at] / 2, rel=1e-6)
+    assert found[at : at + by.behind + 1].sum() == pytest.approx(USUAL, rel=1e-6)
+    assert found[at + by.behind + 1 :].max() == 0.0
+    assert smoothed(np.full(40, 1.7), by) == pytest.approx(np.full(31, 1.7), rel=1e-6)
+
+
+def test_however_wild_a_slot_counts_as_the_ceiling() -> None:
+    by = Smoothing(behind=9, ahead=0, half_life=3.0, ceiling=3.0)
+    wild, ceiling = np.zeros(40), np.zeros(40)
+    wild[20], ceiling[20] = 1e6, 3.0 * USUAL
+    assert smoothed(wild, by).tolist() == smoothed(ceiling, by).tolist()
+    # So it takes several slots to be remembered as an event is.
+    event = np.zeros(40)
+    event[18:23] = 3.0 * USUAL
+    assert smoothed(event, by).max() > 2.5 * smoothed(wild, by).max()
+
+
+def test_what_is_not_known_is_neutral() -> None:
+    by = Smoothing(behind=3, ahead=2, half_life=2.0, ceiling=3.0)
+    gap = np.where(np.arange(30) % 3 > 0, np.nan, NEUTRAL)
+    assert smoothed(gap, by) == pytest.approx(np.full(25, NEUTRAL), rel=1e-6)
+
+
+@pytest.mark.parametrize("lag", LAGS)
+def test_slots_to_come_count_where_there_are_any_and_else_those_before(lag: int) -> None:
+    config = ModelConfig()
+    by = scorers.smoothing(config, lag)
+    spike = np.zeros(80)
+    spike[40] = USUAL
+    strange = np.flatnonzero(smoothed(spike, by)) + by.behind
+    first, last = (40 - lag, 40) if lag else (40, 40 + config.smoothing - 1)
+    assert (strange.min(), strange.max()) == (first, last)
