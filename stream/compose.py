@@ -444,6 +444,7 @@ def _connect(
                 grid,
                 client_options=options,
                 beat=health.beat,
+                stopping=stop,
             )
             return source, KafkaSink(
                 config, source.consumer, largest_dead_letter=largest, client_options=options

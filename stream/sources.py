@@ -312,10 +312,12 @@ class KafkaSource:
         client_options: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
         beat: Callable[[], None] = lambda: None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._clock = clock
         self._beat = beat
+        self._stopping = stopping
         self._channels = tuple(channels)
         self._decoder = decoder
         self._grid = grid
@@ -522,6 +524,7 @@ class KafkaSource:
             },
             self._options,
             self._beat,
+            self._stopping,
         )
         begins = self._consumer.beginning_offsets(partitions)
         ends = self._consumer.end_offsets(partitions)
@@ -718,16 +721,19 @@ def read_snapshots(
     wanted: Mapping[int, Commit | None],
     client_options: Mapping[str, Any],
     beat: Callable[[], None] = lambda: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[int, list[EntitySnapshot]]:
     """Read state partitions to their ends: of each entity the newest snapshot.
 
     `wanted` says where each partition was committed (None: unknown). Snapshots from beyond that are
     passed over: a service that wrote them without a transaction, at-least-once, died before it
-    committed, or it was set back by hand. So are older ones that such a service wrote late. `beat`
-    is called as reading comes on, for who watches over the loop: there may be gigabytes to read.
+    committed, or it was set back by hand. So are older ones that such a service wrote late. There
+    may be gigabytes to read: `beat` is called as reading comes on, for who watches over the loop,
+    and `stopping` all the time.
 
     Raises:
-        RetryableError: the end was not reached, and nothing more came for `STATE_TIMEOUT_S`.
+        RetryableError: the end was not reached, and nothing more came for `STATE_TIMEOUT_S`, or
+            somebody asked to stop.
 
     """
     partitions = [TopicPartition(config.outputs.state, number) for number in wanted]
@@ -753,6 +759,8 @@ def read_snapshots(
         consumer.seek_to_beginning(*partitions)
         before, came_on_at = -1, 0.0
         while any(consumer.position(p) < ends[p] for p in partitions):
+            if stopping():
+                raise RetryableError(f"asked to stop while {config.outputs.state} was being read")
             if (at := sum(map(consumer.position, partitions))) > before:
                 before, came_on_at = at, time.monotonic()
                 beat()

@@ -491,6 +491,14 @@ def test_state_behind_an_open_transaction_is_not_waited_for_for_ever(
             RetryableError, match="in 1 s; is a transaction of another service open"
         ):
             read_snapshots(bench.config, {0: None}, {})
+        # Nor by who was asked to stop, however long it might be.
+        monkeypatch.setattr(sources, "STATE_TIMEOUT_S", 60.0)
+        asked_at = time.monotonic() + 1.0
+        with pytest.raises(RetryableError, match=r"asked to stop while .* was being read"):
+            read_snapshots(
+                bench.config, {0: None}, {}, stopping=lambda: time.monotonic() > asked_at
+            )
+        assert time.monotonic() < asked_at + 10
         other.commit_transaction()
     assert [snapshot.entity for snapshot in read_snapshots(bench.config, {0: None}, {})[0]] == ["a"]
 
