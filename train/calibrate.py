@@ -12,6 +12,7 @@ from jax import Array
 from train.data import Dataset
 from tsdiff import calibration, scorers
 from tsdiff.calibration import Calibration
+from tsdiff.config import ModelConfig
 from tsdiff.reading import Model, Reader, read_spans
 from tsdiff.scorers import Readings, Smoothing
 from tsdiff.types import DoubleArray, FloatArray
@@ -40,11 +41,10 @@ _smooth = jax.jit(scorers.smooth, static_argnames="by")
 
 @partial(jax.jit, static_argnames="unexplained")
 def _combined(sample: Array, knots: Array, slope: Array, unexplained: float) -> Array:
-    """Combine the evidence of streams (N, C) as each scorer does, (J, N)."""
+    """Combine the evidence of streams (N, C) as each scorer does, (J, N - CUSUM_BEHIND)."""
     evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
-    return jnp.stack(
-        [calibration.combine(evidence, name, unexplained)[0] for name in calibration.SCORERS]
-    )
+    combined = [calibration.combine(evidence, name, unexplained) for name in calibration.SCORERS]
+    return calibration.add_cusum(jnp.concatenate(combined))
 
 
 class Fitted(NamedTuple):
@@ -63,20 +63,22 @@ class _HeldOut(NamedTuple):
 def read_held_out(
     model: Model, dataset: Dataset, reader: Reader, *, as_unknown: bool = False
 ) -> list[_HeldOut]:
-    """Read every held-out slot of every entity, with the window before it as context.
+    """Read every held-out slot of every entity and `_before` ones, each with its window.
 
-    `as_unknown`: by what an entity that training never saw is read with.
+    `as_unknown`: by what an entity that training never saw is read with. What would be before an
+    entity's first slot counts as missing.
     """
     config = reader.config
+    reach = _before(config) + config.window - 1
     result = []
     for row, at in enumerate(dataset.split):
         series = dataset.as_unknown(row) if as_unknown else dataset.series[row]
-        # The slots that the first smoothed values need are read as well, but not calibrated on.
-        first = max(at - config.smoothing + 1, config.window - 1)
+        short = max(reach - at, 0)
+        series = np.pad(series[max(at - reach, 0) :], ((short, 0), (0, 0)), constant_values=np.nan)
         pieces = []
-        for start in range(first, len(series), _SPAN):
+        for start in range(0, len(series) - config.window + 1, _SPAN):
             piece = np.full((config.window - 1 + _SPAN, series.shape[1]), np.nan, np.float32)
-            part = series[start - config.window + 1 : start + _SPAN]
+            part = series[start : start + config.window - 1 + _SPAN]
             piece[: len(part)] = part
             missing = 0 if np.isfinite(part).all() else None
             of = jnp.asarray([-1 if as_unknown else row])
@@ -84,8 +86,14 @@ def read_held_out(
             kept = len(part) - config.window + 1
             pieces.append([np.asarray(field[0, :kept]) for field in found])
         fields = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
-        result.append(_HeldOut(Readings(*(jnp.asarray(field) for field in fields)), series[first:]))
+        readings = Readings(*(jnp.asarray(field) for field in fields))
+        result.append(_HeldOut(readings, series[config.window - 1 :]))
     return result
+
+
+def _before(config: ModelConfig) -> int:
+    """Slots before the held-out ones that their evidence remembers: read, but not calibrated on."""
+    return config.smoothing - 1 + calibration.CUSUM_BEHIND
 
 
 def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
@@ -94,7 +102,10 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     held_out = read_held_out(model, dataset, reader)
     several = model.anchors.clean.mean.shape[0] > 1
     unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
-    neutral = _rows([np.median(_covered(part), 0) for part in held_out], unknown)
+    before = _before(config)
+    medians = [np.median(_covered(part, before), 0) for part in held_out]
+    of_all = np.median(np.concatenate([_covered(part, before) for part in unknown]), 0)
+    neutral = np.stack([*medians, of_all]).astype(np.float32)
 
     def settled(part: _HeldOut, row: int) -> FloatArray:
         streams, coverage = (_padded(np.asarray(each)) for each in part.readings[:2])
@@ -102,11 +113,10 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
 
     own = [settled(part, row) for row, part in enumerate(held_out)]
     pooled = [settled(part, -1) for part in unknown] if several else own
-    before = config.smoothing - 1  # slots that are read, but not calibrated on
 
     def both_scales(streams: FloatArray, row: int, usual: FloatArray, by: Smoothing) -> FloatArray:
-        """Streams at both time scales, (N, C), of the slots that have all neighbours needed."""
-        known = streams[before - by.behind :]
+        """Streams at both time scales, (CUSUM_BEHIND + N, C), of slots with all neighbours."""
+        known = streams[before - by.behind - calibration.CUSUM_BEHIND :]
         long = np.asarray(_smooth(_padded(known)[None], neutral[row][None], usual[None], by=by))[0]
         last = len(known) - by.ahead
         return np.concatenate([known[by.behind : last], long[: last - by.behind]], 1)
@@ -122,7 +132,7 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
         if several:
             limit = usual(pooled, by)
             of_all = [both_scales(part, -1, limit, by) for part in pooled]
-        return _fit_tails(of_own, np.concatenate(of_all), reader.unexplained)
+        return _fit_tails(of_own, of_all, reader.unexplained)
 
     each = [tails(scorers.smoothing(config, lag)) for lag in calibration.LAGS]
     by_lag = zip(*(found for found, _ in each), strict=True)
@@ -148,33 +158,28 @@ class _Tails(NamedTuple):
 
 
 def _fit_tails(
-    own: Sequence[FloatArray], pooled: FloatArray, unexplained: float
+    own: Sequence[FloatArray], unknown: Sequence[FloatArray], unexplained: float
 ) -> tuple[_Tails, FloatArray]:
-    """Tails of samples (N, C), and the evidence of all `own` ones by the default scorer."""
-    samples = [*own, pooled]
+    """Tails of samples (CUSUM_BEHIND + N, C), and the evidence of `own` ones by the default scorer.
+
+    `own` are entities read as themselves, `unknown` as never-seen ones; the first CUSUM_BEHIND
+    slots of each are not calibrated on.
+    """
+    skip = calibration.CUSUM_BEHIND
+    pooled = np.concatenate([each[skip:] for each in unknown])
+    samples = [*(each[skip:] for each in own), pooled]
     knots = np.stack([[calibration.fit_knots(column) for column in each.T] for each in samples])
     # A row's own exceedances are few: its tail's exponent leans on all rows' together.
-    of_all = [
-        calibration.fit_slope(column, last)
-        for column, last in zip(pooled.T, knots[-1, :, -1], strict=True)
-    ]
-    slope = np.array(
-        [
-            *(
-                [
-                    calibration.fit_slope(column, last, every)
-                    for column, last, every in zip(each.T, knots[row, :, -1], of_all, strict=True)
-                ]
-                for row, each in enumerate(own)
-            ),
-            of_all,
-        ],
-        np.float32,
-    )
-    joint = [
-        np.asarray(_combined(_padded(each), knots[row], slope[row], unexplained))[:, : len(each)]
-        for row, each in enumerate(samples)
-    ]
+    of_all = _slopes(pooled, knots[-1])
+    of_own = [_slopes(each, knots[row], of_all) for row, each in enumerate(samples[:-1])]
+    slope = np.array([*of_own, of_all], np.float32)
+
+    def combined(sample: FloatArray, row: int) -> FloatArray:
+        found = _combined(_padded(sample), knots[row], slope[row], unexplained)
+        return np.asarray(found)[:, : len(sample) - skip]
+
+    joint = [combined(each, row) for row, each in enumerate(own)]
+    joint.append(np.concatenate([combined(each, -1) for each in unknown], 1))
     joint_knots = np.stack([[calibration.fit_knots(sample) for sample in row] for row in joint])
     joint_slope = np.array(
         [
@@ -190,22 +195,25 @@ def _fit_tails(
         np.asarray(_joint(_padded(each[0])[None], joint_knots[row, :1], joint_slope[row, :1]))
         for row, each in enumerate(joint[:-1])
     ]
-    found = [each[0, : len(own[row])] for row, each in enumerate(found)]
+    found = [each[0, : joint[row].shape[1]] for row, each in enumerate(found)]
     return _Tails(knots, slope, joint_knots, joint_slope), np.concatenate(found)
 
 
-def _covered(part: _HeldOut) -> FloatArray:
+def _slopes(
+    sample: FloatArray, knots: FloatArray, of_all: Sequence[float] | None = None
+) -> list[float]:
+    """Slopes of a sample's columns (N, C) with their knots (C, Q), leaning on those of all rows."""
+    leaning = [None] * len(knots) if of_all is None else of_all
+    each = zip(sample.T, knots[:, -1], leaning, strict=True)
+    return [calibration.fit_slope(column, last, every) for column, last, every in each]
+
+
+def _covered(part: _HeldOut, skip: int) -> FloatArray:
     """Streams of the slots in which at least half of the usual cells were observed."""
-    coverage = np.asarray(part.readings.coverage).min(-1)
+    coverage = np.asarray(part.readings.coverage)[skip:].min(-1)
     kept = coverage >= 0.5 * np.median(coverage)
-    streams = np.asarray(part.readings.streams)
+    streams = np.asarray(part.readings.streams)[skip:]
     return streams[kept & (coverage > 0)] if coverage.any() else streams
-
-
-def _rows(own: Sequence[FloatArray], held_out: Sequence[_HeldOut]) -> FloatArray:
-    """One row per entity, then the pooled one."""
-    pooled = np.median(np.concatenate([_covered(part) for part in held_out]), 0)
-    return np.stack([*own, pooled]).astype(np.float32)
 
 
 def _fit_bands(held_out: Sequence[_HeldOut], skip: int) -> tuple[FloatArray, float]:

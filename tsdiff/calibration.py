@@ -3,8 +3,9 @@
 
 Evidence is -log10 of the probability that normal data reach such a value. A stream's tail is
 empirical up to the 98th percentile (interpolated knots) and a power law beyond, that is,
-exponential in the stream's logarithm (Hill 1975). The largest evidence of several streams is no
-tail probability of its own; it is calibrated once more the same way, its tail exponential.
+exponential in the stream's logarithm (Hill 1975). What several streams add up to, in a slot and
+those before it, is no tail probability of its own; it is calibrated once more the same way, its
+tail exponential.
 """
 
 import math
@@ -33,6 +34,13 @@ MIN_STREAM = 1e-6
 _PRIOR_EXCEEDANCES = 20.0
 _POOLED_EXCEEDANCES = 100.0
 _PRIOR_LOG_EXCESS = 0.2  # a power law of exponent 5, heavy enough for telemetry
+CUSUM_BEHIND = 31
+"""Slots before the judged one that `add_cusum` looks back on."""
+# Combined evidence that normal slots seldom reach; how much counts at most, lest one event outweigh
+# whatever comes after it; and the part of it that is added.
+_ALLOWANCE = 2.0
+_CUSUM_CAP = 5.0
+_CUSUM_SHARE = 0.25
 _LN10 = math.log(10.0)
 _WEEK_MS = 7 * 24 * 3600 * 1000
 
@@ -58,7 +66,7 @@ class Calibration(NamedTuple):
     `neutral` (R+1, S) median of each stream; for each of the V `LAGS`: `knots` (R+1, V, C, Q)
     values at evenly spaced evidence from 0 to that of the 98th percentile; `slope` (R+1, V, C)
     evidence per log of the stream beyond; `joint_knots` (R+1, V, J, Q) and `joint_slope`
-    (R+1, V, J) the same for the combination of each of the J `SCORERS`.
+    (R+1, V, J) the same for what each of the J `SCORERS` combines and piles up.
     """
 
     neutral: Array
@@ -110,21 +118,21 @@ def fit_joint_slope(sample: FloatArray, last_knot: float) -> float:
 
 
 def _interpolate(values: Array, knots: Array) -> tuple[Array, Array]:
-    """Evidence up to the last knot, and whether a value lies beyond it."""
-    position = (values[..., None] >= knots).sum(-1)
-    lower = jnp.clip(position - 1, 0, KNOTS - 2)
-    left = jnp.take_along_axis(knots, lower[..., None], -1)[..., 0]
-    right = jnp.take_along_axis(knots, lower[..., None] + 1, -1)[..., 0]
-    part = jnp.clip((values - left) / (right - left), 0.0, 1.0)
-    return (lower + part) * (_TAIL_EVIDENCE / (KNOTS - 1)), values > knots[..., -1]
+    """Evidence up to the last knot, and whether a value lies beyond it.
+
+    That is how many gaps between knots lie below a value, and the part of its own: a sum, since
+    looking the gap up takes XLA three times as long.
+    """
+    left, right = knots[..., :-1], knots[..., 1:]
+    below = jnp.clip((values[..., None] - left) / (right - left), 0.0, 1.0).sum(-1)
+    return below * (_TAIL_EVIDENCE / (KNOTS - 1)), values > knots[..., -1]
 
 
 def stream_evidence(
     values: Float[Array, "E T C"], knots: Float[Array, "E C Q"], slope: Float[Array, "E C"]
 ) -> Float[Array, "E T C"]:
     """-log10 of each stream's tail probability: monotone, finite, at most `MAX_EVIDENCE`."""
-    shape = (*values.shape, knots.shape[-1])
-    inside, beyond = _interpolate(values, jnp.broadcast_to(knots[:, None], shape))
+    inside, beyond = _interpolate(values, knots[:, None])
     edge = jnp.maximum(knots[:, None, :, -1], MIN_STREAM)
     tail = _TAIL_EVIDENCE + slope[:, None] * jnp.log(jnp.maximum(values, edge) / edge)
     return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)
@@ -152,12 +160,25 @@ def combine(
     return unexplained * (reconstruction + forecast) + (1.0 - unexplained) * imputation
 
 
+def add_cusum(combined: Float[Array, "E M"]) -> Float[Array, "E T"]:
+    """Add to each slot's combined evidence a part of what has piled up, T = M - CUSUM_BEHIND.
+
+    That is Page's cumulative sum, C_t = max(C_(t-1) + x_t - allowance, 0) (Page 1954, Biometrika
+    41), which finds a small change that lasts. It begins from 0 anew for each slot: so it forgets,
+    and is the same wherever series are cut.
+    """
+    span = combined.shape[1] - CUSUM_BEHIND
+    total = jnp.zeros_like(combined[:, :span])
+    for at in range(CUSUM_BEHIND + 1):
+        total = jnp.maximum(total + combined[:, at : at + span] - _ALLOWANCE, 0.0)
+    return combined[:, CUSUM_BEHIND:] + _CUSUM_SHARE * jnp.minimum(total, _CUSUM_CAP)
+
+
 def joint_evidence(
     combined: Float[Array, "E T"], knots: Float[Array, "E Q"], slope: Float[Array, " E"]
 ) -> Float[Array, "E T"]:
     """-log10 of the combination's own tail probability."""
-    shape = (*combined.shape, knots.shape[-1])
-    inside, beyond = _interpolate(combined, jnp.broadcast_to(knots[:, None], shape))
+    inside, beyond = _interpolate(combined, knots[:, None])
     last = knots[:, None, -1]
     tail = _TAIL_EVIDENCE + slope[:, None] * jnp.maximum(combined - last, 0.0)
     return jnp.minimum(jnp.where(beyond, tail, inside), MAX_EVIDENCE)

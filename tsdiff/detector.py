@@ -128,14 +128,14 @@ def detect_spans(
     known = jnp.concatenate([history, streams], 1)
     usual = fitted.knots[rows][:, : streams.shape[-1], -1]
     long = scorers.smooth(known, neutral, usual, by)
-    short = known[:, by.behind : known.shape[1] - lag]
+    short = known[:, by.behind : known.shape[1] - by.ahead]
     short = jnp.where(jnp.isnan(short), neutral[:, None, :], short)
     evidence = calibration.stream_evidence(
         jnp.concatenate([short, long], -1), fitted.knots[rows], fitted.slope[rows]
     )
     if lag:
         read = read_spans(model, z[:, :last], rows, reader, missing=missing)
-    combined = calibration.combine(evidence, scorer, reader.unexplained)
+    combined = calibration.add_cusum(calibration.combine(evidence, scorer, reader.unexplained))
     joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
     z = z[:, config.window - 1 : last]
     observed = jnp.isfinite(z)
@@ -212,7 +212,7 @@ class Detector:
         self._config = bundle.manifest.model
         self.window = self._config.window
         by = scorers.smoothing(self._config, lag)
-        self.history = by.behind + by.ahead
+        self.history = by.behind + by.ahead + calibration.CUSUM_BEHIND
         self.compilations = 0
         self._batches = {span: batch for batch, span in shapes}
         self.longest_span = max(self._batches)
@@ -364,7 +364,7 @@ class Detector:
             self._model, mean = self.adaptation.prepare(self._model, rows, mean, scale, known)
         entities, span = len(values), values.shape[1] - self.window + 1 - self.lag
         result = self._empty(entities, span)
-        history = np.array(history, np.float32)
+        history = np.asarray(history, np.float32)
         for start, length, size in cut_span(entities, span, self._batches):
             read = slice(start, start + self.window - 1 + length + self.lag)
             piece, times = values[:, read], basis[:, read]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tsdiff import calibration
-from tsdiff.calibration import MAX_EVIDENCE, evidence_threshold
+from tsdiff.calibration import CUSUM_BEHIND, MAX_EVIDENCE, evidence_threshold
 
 
 def fitted(sample: np.ndarray) -> tuple[jnp.ndarray, jnp.ndarray]:
@@ -111,6 +111,45 @@ def test_scorers_combine_their_streams(scorer: str, wanted: float) -> None:
     """Columns: reconstruction, density, forecast, imputation, then their long versions."""
     parts = jnp.asarray([[[1.0, 2.0, 0.5, 8.0, 0.0, 1.0, 4.0, 7.0]]])
     assert float(calibration.combine(parts, scorer, unexplained=0.75)[0, 0]) == wanted
+
+
+def piled(combined: np.ndarray) -> np.ndarray:
+    """What one entity's combined evidence (M,) becomes, (M - CUSUM_BEHIND,)."""
+    found: np.ndarray = np.asarray(calibration.add_cusum(jnp.asarray(combined, jnp.float32)[None]))
+    return np.asarray(found[0])
+
+
+def test_what_lasts_piles_up() -> None:
+    combined = np.zeros(CUSUM_BEHIND + 40)
+    combined[CUSUM_BEHIND + 10 : CUSUM_BEHIND + 14] = 3.0
+    added = piled(combined) - combined[CUSUM_BEHIND:]
+    # A quarter of what is beyond 2, which then goes as it came, two in a slot.
+    assert added[10:16] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.5, 0.0])
+    assert not added[:10].any()
+    assert not added[16:].any()
+
+
+def test_one_slot_however_wild_piles_up_to_a_limit() -> None:
+    combined = np.zeros(CUSUM_BEHIND + 40)
+    combined[CUSUM_BEHIND + 10] = 30.0
+    found = piled(combined)
+    assert found[10] == pytest.approx(30.0 + 0.25 * 5.0)
+    assert found[11:].max() <= 0.25 * 5.0
+
+
+def test_what_has_piled_up_depends_on_the_newest_slots_alone() -> None:
+    combined = np.random.default_rng(7).exponential(2.0, size=200)
+    whole = piled(combined)
+    for start in (0, 1, 50, 199 - CUSUM_BEHIND):
+        assert piled(combined[start:]).tolist() == whole[start:].tolist()
+    # The largest sum of the slots up to one, as Page has it.
+    beyond = combined.astype(np.float32) - np.float32(2.0)
+    largest = [
+        max(beyond[at - back : at + 1].sum() for back in range(CUSUM_BEHIND + 1))
+        for at in range(CUSUM_BEHIND, len(combined))
+    ]
+    wanted = combined[CUSUM_BEHIND:] + 0.25 * np.clip(largest, 0.0, 5.0)
+    assert whole == pytest.approx(wanted, rel=1e-4)
 
 
 def test_threshold_is_the_asked_rate() -> None:
