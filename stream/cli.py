@@ -99,7 +99,7 @@ def run(
     from stream.reload import Wish  # noqa: PLC0415
 
     configure_logging(loaded.log.level, loaded.log.format)
-    stop, wish = Stop(), Wish()
+    stop, wish = Stop(at_once=True), Wish()
     with stop.on_signals(), wish.on_signal():
         run_service(
             loaded,

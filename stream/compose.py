@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -206,10 +207,13 @@ def guard_of(config: ServiceConfig) -> Guard:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for."""
+    """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for.
 
-    def __init__(self) -> None:
-        self.requested = False
+    While `at_once` there is nothing to bring to an end: the first one ends the process.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.requested, self.at_once = False, at_once
 
     def __call__(self) -> bool:
         """Whether somebody asked."""
@@ -227,6 +231,10 @@ class Stop:
             if self.requested:
                 raise KeyboardInterrupt
             _log.info("stopping", signal=signal.Signals(number).name)
+            if self.at_once:
+                # The interpreter would wait for threads that compile, up to a minute.
+                sys.stderr.flush()
+                os._exit(0)
             self.request()
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -283,6 +291,7 @@ def run_service(
         health.beat()
         _log.info("model ready", model=model.bundle.version, seconds=_since(began))
         _spare_the_collector()
+        stop.at_once = False
         parts = _connect(config, model, grid, decoder, health, stop, dict(client_options or {}))
         if parts is None:
             return

@@ -16,6 +16,7 @@ import json
 import math
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -325,9 +326,10 @@ class Drill:
         listening = worker.said("model ready")
         try:
             status = worker.stop(40)
-        except Exception as error:
-            self.violation(f"{worker.log.name}: SIGTERM did not end it: {error!r}")
-            worker.kill()
+        except subprocess.TimeoutExpired as error:
+            self.violation(
+                f"{worker.log.name}: not ended {error.timeout:g} s after SIGTERM{worker.abort()}"
+            )
             return
         # Before it has begun to listen to signals, the system's own answer to one is right.
         if status != 0 and not (status == -signal.SIGTERM and not listening):

@@ -289,6 +289,30 @@ def test_run_waits_for_a_broker_that_is_down_and_stops_when_asked(
     assert "Traceback" not in worker.log.read_text()
 
 
+@pytest.mark.timeout(120)
+def test_run_ends_at_once_when_asked_while_it_compiles(
+    small_bundle: SmallBundle, tmp_path: Path
+) -> None:
+    worker = Worker(
+        tmp_path / "log",
+        {
+            "model.path": small_bundle.path,
+            "input.topic": "telemetry",
+            "input.bootstrap_servers": f"127.0.0.1:{free_port()}",
+            "metrics.listen": "127.0.0.1:0",
+        },
+        {"XDG_CACHE_HOME": str(tmp_path)},  # nothing is compiled yet
+    )
+    try:
+        worker.wait_for("metrics", 100)
+        assert worker.stop() == 0
+    finally:
+        worker.kill()
+    # Compiling would have ended with the second of these.
+    assert worker.said("stopping")
+    assert not worker.said("model ready")
+
+
 # -- replay ------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,12 @@ class Worker:
                 [sys.executable, "-m", "tsdiff.cli", "run", *arguments],
                 stderr=out,
                 stdout=out,
-                env={**os.environ, "TSDIFF_LOG__FORMAT": "json", **(environment or {})},
+                env={
+                    **os.environ,
+                    "TSDIFF_LOG__FORMAT": "json",
+                    "PYTHONFAULTHANDLER": "1",  # for `abort`
+                    **(environment or {}),
+                },
             )
 
     def events(self) -> list[dict[str, Any]]:
@@ -63,6 +68,12 @@ class Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def abort(self) -> str:
+        """End one that hangs; returns where each of its threads was."""
+        self.process.send_signal(signal.SIGABRT)
+        self.process.wait()
+        return f"\n{self.log}:\n{self.log.read_text()[-12_000:]}"
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM, and the exit status."""
