@@ -94,9 +94,10 @@ def run(
         typer.echo(json.dumps(json_schema(), indent=2))
         return
     loaded = load_config(config, _overrides(settings or []))
-    from stream.compose import Stop, load_model, run_service  # noqa: PLC0415
+    from stream.compose import load_model, run_service  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
     from stream.reload import Wish  # noqa: PLC0415
+    from stream.stop import Stop  # noqa: PLC0415
 
     configure_logging(loaded.log.level, loaded.log.format)
     stop, wish = Stop(at_once=True), Wish()
@@ -481,10 +482,10 @@ def rekey(
 
         tsdiff rekey -c tsdiff.yaml --to telemetry-keyed --until-end
     """
-    from stream.compose import Stop  # noqa: PLC0415
     from stream.config import load_config  # noqa: PLC0415
     from stream.logs import configure_logging  # noqa: PLC0415
     from stream.rekey import rekey as write  # noqa: PLC0415
+    from stream.stop import Stop  # noqa: PLC0415
     from stream.topics import expect_topic  # noqa: PLC0415
 
     # It needs no bundle; the key is there because live settings files have it.

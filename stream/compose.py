@@ -2,14 +2,11 @@
 
 import gc
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -30,6 +27,7 @@ from stream.scoring import ScoringConfig
 from stream.service import Service
 from stream.sinks import KafkaSink
 from stream.sources import RETRY_SECONDS, KafkaSource
+from stream.stop import Stop
 from stream.tls import server_context
 from stream.topics import prepare_topics
 from stream.web import Page
@@ -206,45 +204,6 @@ def guard_of(config: ServiceConfig) -> Guard:
     return Guard(tls, metrics.username, metrics.password.get_secret_value())
 
 
-class Stop:
-    """SIGTERM and SIGINT ask for an orderly end; a second one is not waited for.
-
-    While `at_once` there is nothing to bring to an end: the first one ends the process.
-    """
-
-    def __init__(self, *, at_once: bool = False) -> None:
-        self.requested, self.at_once = False, at_once
-
-    def __call__(self) -> bool:
-        """Whether somebody asked."""
-        return self.requested
-
-    def request(self, *_: object) -> None:
-        """Ask."""
-        self.requested = True
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Listen for the signals, and restore what was there before."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            _log.info("stopping", signal=signal.Signals(number).name)
-            if self.at_once:
-                # The interpreter would wait for threads that compile, up to a minute.
-                sys.stderr.flush()
-                os._exit(0)
-            self.request()
-
-        before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def run_service(
     config: ServiceConfig,
     model: Model,
@@ -291,7 +250,7 @@ def run_service(
         health.beat()
         _log.info("model ready", model=model.bundle.version, seconds=_since(began))
         _spare_the_collector()
-        stop.at_once = False
+        stop.at_once = False  # from here on there is something to finish
         parts = _connect(config, model, grid, decoder, health, stop, dict(client_options or {}))
         if parts is None:
             return

@@ -21,9 +21,10 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 from prometheus_client import CollectorRegistry
 
-from stream.compose import Model, Stop, run_service
+from stream.compose import Model, run_service
 from stream.config import ServiceConfig, parse_listen
 from stream.errors import StreamError
+from stream.stop import Stop
 from tsdiff.errors import TsdiffError
 
 # kafka-python would ask the broker for its version by requests that the mock does not know.

@@ -12,7 +12,7 @@ from jax import Array
 from train.data import Dataset
 from tsdiff import calibration, scorers
 from tsdiff.calibration import Calibration
-from tsdiff.config import ModelConfig
+from tsdiff.detector import history_slots
 from tsdiff.reading import Model, Reader, read_spans
 from tsdiff.scorers import Readings, Smoothing
 from tsdiff.types import DoubleArray, FloatArray
@@ -63,13 +63,13 @@ class _HeldOut(NamedTuple):
 def read_held_out(
     model: Model, dataset: Dataset, reader: Reader, *, as_unknown: bool = False
 ) -> list[_HeldOut]:
-    """Read every held-out slot of every entity and `_before` ones, each with its window.
+    """Read every held-out slot of every entity, and those before that its evidence remembers.
 
     `as_unknown`: by what an entity that training never saw is read with. What would be before an
     entity's first slot counts as missing.
     """
     config = reader.config
-    reach = _before(config) + config.window - 1
+    reach = history_slots(config, lag=0) + config.window - 1
     result = []
     for row, at in enumerate(dataset.split):
         series = dataset.as_unknown(row) if as_unknown else dataset.series[row]
@@ -91,18 +91,13 @@ def read_held_out(
     return result
 
 
-def _before(config: ModelConfig) -> int:
-    """Slots before the held-out ones that their evidence remembers: read, but not calibrated on."""
-    return config.smoothing - 1 + calibration.CUSUM_BEHIND
-
-
 def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     """Fit the tails of every stream and of their combination, lag by lag, row by row and pooled."""
     config = reader.config
     held_out = read_held_out(model, dataset, reader)
     several = model.anchors.clean.mean.shape[0] > 1
     unknown = read_held_out(model, dataset, reader, as_unknown=True) if several else held_out
-    before = _before(config)
+    before = history_slots(config, lag=0)  # read, but not calibrated on
     medians = [np.median(_covered(part, before), 0) for part in held_out]
     of_all = np.median(np.concatenate([_covered(part, before) for part in unknown]), 0)
     neutral = np.stack([*medians, of_all]).astype(np.float32)

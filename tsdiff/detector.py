@@ -23,7 +23,7 @@ from tsdiff import calibration, scorers
 from tsdiff.adapt import make_adaptation
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import Calibration
-from tsdiff.config import Adapt
+from tsdiff.config import Adapt, ModelConfig
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
@@ -153,6 +153,12 @@ def detect_spans(
     )
 
 
+def history_slots(config: ModelConfig, lag: int) -> int:
+    """How many slots' streams, besides those of the newest slot, the evidence of a slot needs."""
+    by = scorers.smoothing(config, lag)
+    return by.behind + by.ahead + calibration.CUSUM_BEHIND
+
+
 def cut_span(
     entities: int, slots: int, batches: Mapping[int, int]
 ) -> Iterator[tuple[int, int, int]]:
@@ -211,8 +217,7 @@ class Detector:
         self.period_ms = bundle.period_ms
         self._config = bundle.manifest.model
         self.window = self._config.window
-        by = scorers.smoothing(self._config, lag)
-        self.history = by.behind + by.ahead + calibration.CUSUM_BEHIND
+        self.history = history_slots(self._config, lag)
         self.compilations = 0
         self._batches = {span: batch for batch, span in shapes}
         self.longest_span = max(self._batches)

@@ -13,10 +13,11 @@ from confluent_kafka import Producer as ConfluentProducer
 from kafka import KafkaProducer
 from prometheus_client import CollectorRegistry
 
-from stream.compose import Model, Stop, load_model, run_service
+from stream.compose import Model, load_model, run_service
 from stream.config import load_config
 from stream.dead_letters import ResendSummary, resend
 from stream.errors import StreamError
+from stream.stop import Stop
 from tests.conftest import MakeTopic
 from tests.stream.conftest import SmallBundle
 from tests.stream.workers import Deployment, Scores, deployment, wait_until

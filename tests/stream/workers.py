@@ -58,9 +58,9 @@ class Worker:
     def wait_for(self, event: str, seconds: float = 60.0) -> None:
         wait_until(lambda: self.said(event), f"{event!r} in the log:\n{self.log}", seconds, self)
 
-    def tail(self) -> str:
+    def tail(self, characters: int = 1500) -> str:
         """What it said last."""
-        return f"\n{self.log}:\n{self.log.read_text()[-1500:]}"
+        return f"\n{self.log}:\n{self.log.read_text()[-characters:]}"
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -73,7 +73,7 @@ class Worker:
         """End one that hangs; returns where each of its threads was."""
         self.process.send_signal(signal.SIGABRT)
         self.process.wait()
-        return f"\n{self.log}:\n{self.log.read_text()[-12_000:]}"
+        return self.tail(12_000)
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM, and the exit status."""
