@@ -14,7 +14,7 @@ from tsdiff import calibration, scorers
 from tsdiff.calibration import Calibration
 from tsdiff.detector import history_slots
 from tsdiff.reading import Model, Reader, read_spans
-from tsdiff.scorers import Readings, Smoothing
+from tsdiff.scorers import Readings, Scales
 from tsdiff.types import DoubleArray, FloatArray
 
 _SPAN = 512
@@ -36,14 +36,16 @@ def _padded(sample: FloatArray) -> FloatArray:
 
 
 _settle = jax.jit(scorers.settle)
-_smooth = jax.jit(scorers.smooth, static_argnames="by")
+_at_scales = jax.jit(scorers.at_scales, static_argnames="by")
 
 
-@partial(jax.jit, static_argnames="unexplained")
-def _combined(sample: Array, knots: Array, slope: Array, unexplained: float) -> Array:
+@partial(jax.jit, static_argnames="network")
+def _combined(sample: Array, knots: Array, slope: Array, network: bool) -> Array:
     """Combine the evidence of streams (N, C) as each scorer does, (J, N - CUSUM_BEHIND)."""
     evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
-    combined = [calibration.combine(evidence, name, unexplained) for name in calibration.SCORERS]
+    combined = [
+        calibration.combine(evidence, name, network=network) for name in calibration.SCORERS
+    ]
     return calibration.add_cusum(jnp.concatenate(combined))
 
 
@@ -109,28 +111,27 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     own = [settled(part, row) for row, part in enumerate(held_out)]
     pooled = [settled(part, -1) for part in unknown] if several else own
 
-    def both_scales(streams: FloatArray, row: int, usual: FloatArray, by: Smoothing) -> FloatArray:
-        """Streams at both time scales, (CUSUM_BEHIND + N, C), of slots with all neighbours."""
-        known = streams[before - by.behind - calibration.CUSUM_BEHIND :]
-        long = np.asarray(_smooth(_padded(known)[None], neutral[row][None], usual[None], by=by))[0]
-        last = len(known) - by.ahead
-        return np.concatenate([known[by.behind : last], long[: last - by.behind]], 1)
+    def at_scales(streams: FloatArray, row: int, usual: FloatArray, by: Scales) -> FloatArray:
+        """Streams at all time scales, (CUSUM_BEHIND + N, C), of slots with all neighbours."""
+        known = _padded(streams)[None], neutral[row][None], usual[None]
+        return np.asarray(_at_scales(*known, by=by))[0, : len(streams) - by.behind - by.ahead]
 
-    def usual(streams: Sequence[FloatArray], by: Smoothing) -> FloatArray:
+    def usual(streams: Sequence[FloatArray], by: Scales) -> FloatArray:
         """98th percentiles (S,), as the short scale's last knots will have them."""
         sample = np.concatenate([each[before : len(each) - by.ahead] for each in streams])
         return np.stack([calibration.fit_knots(column)[-1] for column in sample.T])
 
-    def tails(by: Smoothing) -> tuple[_Tails, FloatArray]:
-        of_own = [both_scales(part, row, usual([part], by), by) for row, part in enumerate(own)]
+    def tails(by: Scales) -> tuple[_Tails, FloatArray]:
+        of_own = [at_scales(part, row, usual([part], by), by) for row, part in enumerate(own)]
         of_all = of_own
         if several:
             limit = usual(pooled, by)
-            of_all = [both_scales(part, -1, limit, by) for part in pooled]
-        return _fit_tails(of_own, of_all, reader.unexplained)
+            of_all = [at_scales(part, -1, limit, by) for part in pooled]
+        return _fit_tails(of_own, of_all, network=reader.network is not None)
 
-    each = [tails(scorers.smoothing(config, lag)) for lag in calibration.LAGS]
-    by_lag = zip(*(found for found, _ in each), strict=True)
+    each = [tails(scorers.scales(config, lag)) for lag in calibration.LAGS]
+    widest = max(found.slope.shape[1] for found, _ in each)
+    by_lag = zip(*(_widened(found, widest) for found, _ in each), strict=True)
     tables = Calibration(jnp.asarray(neutral), *(jnp.stack(parts, 1) for parts in by_lag))
     evidence = each[0][1]
     band_scale, coverage = _fit_bands(held_out, before)
@@ -152,8 +153,17 @@ class _Tails(NamedTuple):
     joint_slope: FloatArray
 
 
+def _widened(found: _Tails, columns: int) -> _Tails:
+    """Tables for as many scales as the lag with most of them has; what is filled up is not read."""
+    more = (0, columns - found.slope.shape[1])
+    return found._replace(
+        knots=np.pad(found.knots, ((0, 0), more, (0, 0)), mode="edge"),
+        slope=np.pad(found.slope, ((0, 0), more), mode="edge"),
+    )
+
+
 def _fit_tails(
-    own: Sequence[FloatArray], unknown: Sequence[FloatArray], unexplained: float
+    own: Sequence[FloatArray], unknown: Sequence[FloatArray], *, network: bool
 ) -> tuple[_Tails, FloatArray]:
     """Tails of samples (CUSUM_BEHIND + N, C), and the evidence of `own` ones by the default scorer.
 
@@ -170,7 +180,7 @@ def _fit_tails(
     slope = np.array([*of_own, of_all], np.float32)
 
     def combined(sample: FloatArray, row: int) -> FloatArray:
-        found = _combined(_padded(sample), knots[row], slope[row], unexplained)
+        found = _combined(_padded(sample), knots[row], slope[row], network)
         return np.asarray(found)[:, : len(sample) - skip]
 
     joint = [combined(each, row) for row, each in enumerate(own)]

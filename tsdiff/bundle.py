@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_arrays
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
 
-FORMAT = 8
+FORMAT = 9
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"

@@ -9,6 +9,7 @@ tail exponential.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ CUSUM_BEHIND = 31
 _ALLOWANCE = 2.0
 _CUSUM_CAP = 5.0
 _CUSUM_SHARE = 0.25
+_ANCHOR_SHARE = 0.4  # of the anchor's two pieces of evidence, against the network's one
 _LN10 = math.log(10.0)
 _WEEK_MS = 7 * 24 * 3600 * 1000
 
@@ -61,8 +63,9 @@ def evidence_threshold(false_alarms_per_entity_week: float, period_ms: int) -> f
 
 
 class Calibration(NamedTuple):
-    """Tails per row (R entities, then the pooled row) and stream; C = 2S: short, then long scale.
+    """Tails per row (R entities, then the pooled row) and stream at each of `scorers.scales`.
 
+    Without a lag there is a scale less, and the columns that are left are not read.
     `neutral` (R+1, S) median of each stream; for each of the V `LAGS`: `knots` (R+1, V, C, Q)
     values at evenly spaced evidence from 0 to that of the 98th percentile; `slope` (R+1, V, C)
     evidence per log of the stream beyond; `joint_knots` (R+1, V, J, Q) and `joint_slope`
@@ -139,25 +142,24 @@ def stream_evidence(
 
 
 def combine(
-    evidence: Float[Array, "E T C"], scorer: str, unexplained: float = 1.0
+    evidence: Float[Array, "E T C"], scorer: str, *, network: bool = False
 ) -> Float[Array, "E T"]:
-    """Combine the streams (`scorers.STREAMS`, each at two scales) of a scorer.
+    """Combine the streams (`scorers.STREAMS`, at all scales) of a scorer.
 
     `reconstruction` adds what is off with the cells seen and with the newest slots hidden; `hybrid`
     also asks how dense normal data are here. The forecast's evidence is added, since it did not see
     the cells it judges: a maximum over all would only pay for more chances of a false alarm. All
-    that is the anchor's, and counts by the share of its errors that the network leaves
-    `unexplained`; the imputation, which is the network's, by the rest.
+    that is the anchor's. Where there is a `network`, its imputation says more, and the anchor
+    counts only where it is surer by far.
     """
-    streams = evidence.shape[-1] // 2
-    reconstruction, density, forecast, imputation = (
-        jnp.maximum(evidence[..., stream], evidence[..., streams + stream]) for stream in range(4)
-    )
+    largest = reduce(jnp.maximum, jnp.split(evidence, evidence.shape[-1] // 4, -1))
+    reconstruction, density, forecast, imputation = (largest[..., stream] for stream in range(4))
     if scorer == "density":
         return density
     if scorer == "hybrid":
         reconstruction = jnp.maximum(reconstruction, density)
-    return unexplained * (reconstruction + forecast) + (1.0 - unexplained) * imputation
+    anchor = reconstruction + forecast
+    return jnp.maximum(_ANCHOR_SHARE * anchor, imputation) if network else anchor
 
 
 def add_cusum(combined: Float[Array, "E M"]) -> Float[Array, "E T"]:

@@ -26,7 +26,7 @@ class ModelConfig:
     rank: int = 32  # 64 and 128 find no more and cost two and four times as much
     noise_floor: float = 0.1  # variance; keeps float32 algebra well-conditioned (cond(M) < 1e5)
     scale_floor: float = 0.05  # of the typical standard deviation: near-constant channels
-    clip: float = 100.0  # normalised units; beyond it values grow as their logarithm
+    clip: float = 10.0  # normalised units; beyond it values grow as their logarithm
     sigma: float = 0.5
     hidden: int = 4
     smoothing: int = 16

@@ -113,7 +113,7 @@ def detect_spans(
     """Score T = M - W + 1 - lag slots of every entity: the function that is compiled.
 
     A slot's streams are read from the window that ends at it, whatever the lag; what follows it
-    counts in the long time scale. `basis` are the slots' `season.harmonics`.
+    counts in a long time scale. `basis` are the slots' `season.harmonics`.
     """
     fitted, config = tables.calibration, reader.config
     unit = scale[:, None, :]
@@ -124,18 +124,16 @@ def detect_spans(
     neutral = fitted.neutral[rows]
     streams = scorers.settle(read.streams, read.coverage, neutral[:, None, :])
     streams = jnp.where(jnp.isfinite(streams), streams, neutral[:, None, :])
-    by = scorers.smoothing(config, lag)
     known = jnp.concatenate([history, streams], 1)
     usual = fitted.knots[rows][:, : streams.shape[-1], -1]
-    long = scorers.smooth(known, neutral, usual, by)
-    short = known[:, by.behind : known.shape[1] - by.ahead]
-    short = jnp.where(jnp.isnan(short), neutral[:, None, :], short)
-    evidence = calibration.stream_evidence(
-        jnp.concatenate([short, long], -1), fitted.knots[rows], fitted.slope[rows]
-    )
+    known = scorers.at_scales(known, neutral, usual, scorers.scales(config, lag))
+    # Tables of few scales are as wide as those of many.
+    knots, slope = (part[rows][:, : known.shape[-1]] for part in (fitted.knots, fitted.slope))
+    evidence = calibration.stream_evidence(known, knots, slope)
     if lag:
         read = read_spans(model, z[:, :last], rows, reader, missing=missing)
-    combined = calibration.add_cusum(calibration.combine(evidence, scorer, reader.unexplained))
+    network = reader.network is not None
+    combined = calibration.add_cusum(calibration.combine(evidence, scorer, network=network))
     joint = calibration.joint_evidence(combined, fitted.joint_knots[rows], fitted.joint_slope[rows])
     z = z[:, config.window - 1 : last]
     observed = jnp.isfinite(z)
@@ -155,7 +153,7 @@ def detect_spans(
 
 def history_slots(config: ModelConfig, lag: int) -> int:
     """How many slots' streams, besides those of the newest slot, the evidence of a slot needs."""
-    by = scorers.smoothing(config, lag)
+    by = scorers.scales(config, lag)
     return by.behind + by.ahead + calibration.CUSUM_BEHIND
 
 

@@ -18,15 +18,19 @@ from tsdiff.types import DoubleArray, FloatArray
 
 _Either = TypeVar("_Either", Array, FloatArray)
 
-# exp(20) scales beyond the clip: no reading is further away, and float32 does not overflow there.
+# exp(20) times the clip: no reading is further away, and float32 does not overflow there.
 _LONGEST_LOG = 20.0
 
 
 def soft_clip(z: _Either, clip: float) -> _Either:
-    """The identity up to `clip`, its logarithm beyond: one wild reading may not drown a window."""
+    """The identity up to `clip`, then as its logarithm: one wild reading may not drown a window.
+
+    Beyond it the slope is `clip` / |z|, which goes on from 1: ten times as far counts `clip` ln 10
+    more.
+    """
     xp: Any = z.__array_namespace__()
     size = xp.abs(z)
-    beyond = xp.sign(z) * (clip + xp.log1p(xp.maximum(size - clip, 0)))
+    beyond = xp.sign(z) * clip * (1.0 + xp.log(xp.maximum(size, clip) / clip))
     clipped: _Either = xp.where(size <= clip, z, beyond)
     return clipped
 
@@ -34,8 +38,8 @@ def soft_clip(z: _Either, clip: float) -> _Either:
 def soft_unclip(z: Array, clip: float) -> Array:
     """The inverse of `soft_clip`."""
     size = jnp.abs(z)
-    beyond = jnp.expm1(jnp.clip(size - clip, 0.0, _LONGEST_LOG))
-    return jnp.where(size <= clip, z, jnp.sign(z) * (clip + beyond))
+    beyond = jnp.sign(z) * clip * jnp.exp(jnp.clip(size / clip - 1.0, 0.0, _LONGEST_LOG))
+    return jnp.where(size <= clip, z, beyond)
 
 
 def normalize(values: _Either, mean: _Either, scale: _Either, clip: float) -> _Either:

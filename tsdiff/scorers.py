@@ -2,8 +2,8 @@
 """Windows -> evidence streams: reconstruction, density, forecast and imputation.
 
 A stream is one non-negative number per slot, larger = stranger, that the calibration turns into
-a tail probability. Each is read from the window that ends at the slot, and at two time scales: as
-it is, and as a moving average of the slots before it or, with a lag, of those after it.
+a tail probability. Each is read from the window that ends at the slot, and at several time scales:
+as it is, as a moving average of the slots before it and, with a lag, of those after it.
 """
 
 from typing import NamedTuple
@@ -125,7 +125,7 @@ def settle(
 
 
 class Smoothing(NamedTuple):
-    """How the long time scale is made: of which slots beside a slot itself, and their weights.
+    """How a long time scale is made: of which slots beside a slot itself, and their weights.
 
     Weights halve every `half_life` slots of distance, and no slot counts as more than `ceiling`
     times what is usual: a long event adds up, a short one is soon forgotten, however wild.
@@ -137,15 +137,51 @@ class Smoothing(NamedTuple):
     ceiling: float
 
 
-def smoothing(config: ModelConfig, lag: int) -> Smoothing:
-    """Return what a slot's long scale is made of if `lag` slots after it may be seen.
+class Scales(NamedTuple):
+    """The long time scales of which a slot has evidence, beside its streams as they are."""
 
-    A window looks back as it is, and is strange for as long as it holds what was: slots to come,
-    where there are any, say more than those before.
+    each: tuple[Smoothing, ...]
+
+    @property
+    def behind(self) -> int:
+        """The most slots before it that any of them needs."""
+        return max(by.behind for by in self.each)
+
+    @property
+    def ahead(self) -> int:
+        """The most slots after it that any of them needs."""
+        return max(by.ahead for by in self.each)
+
+
+def scales(config: ModelConfig, lag: int) -> Scales:
+    """Return the long scales where `lag` slots after a slot may be seen.
+
+    One of the slots before it, one of those to come: both together would smear what they say, since
+    a window looks back as it is, and is strange for as long as it holds what was.
     """
-    if lag:
-        return Smoothing(0, lag, config.smoothing_half_life_ahead, config.smoothing_ceiling)
-    return Smoothing(config.smoothing - 1, 0, config.smoothing_half_life, config.smoothing_ceiling)
+    ceiling = config.smoothing_ceiling
+    before = Smoothing(config.smoothing - 1, 0, config.smoothing_half_life, ceiling)
+    after = Smoothing(0, lag, config.smoothing_half_life_ahead, ceiling)
+    return Scales((before, after) if lag else (before,))
+
+
+def at_scales(
+    streams: Float[Array, "E M S"],
+    neutral: Float[Array, "E S"],
+    usual: Float[Array, "E S"],
+    by: Scales,
+) -> Float[Array, "E T C"]:
+    """Streams as they are, then each long scale, of the T = M - behind - ahead slots with all.
+
+    NaN counts as `neutral`; `usual` as in `smooth`.
+    """
+    last = streams.shape[1] - by.ahead
+    short = streams[:, by.behind : last]
+    long = [
+        smooth(streams[:, by.behind - one.behind : last + one.ahead], neutral, usual, one)
+        for one in by.each
+    ]
+    return jnp.concatenate([jnp.where(jnp.isnan(short), neutral[:, None, :], short), *long], -1)
 
 
 def smooth(

@@ -87,12 +87,7 @@ def test_a_network_that_does_not_help_is_dropped() -> None:
     config = replace(SMALL, steps=1, learning_rate=1e-9, network_weight=None)
     bundle = train(history(), config, period_ms=PERIOD_MS)
     assert bundle.manifest.network is None
-    assert bundle.manifest.model.clip == SMALL.model.clip
     assert not any(name.startswith("network.") for name in bundle.arrays)
-
-
-def test_a_network_that_is_kept_sees_wild_readings_tamed() -> None:
-    assert network_bundle().manifest.model.clip < SMALL.model.clip
 
 
 def test_missing_cells_in_history() -> None:

@@ -102,15 +102,22 @@ def test_the_combination_is_calibrated_once_more() -> None:
 @pytest.mark.parametrize(
     ("scorer", "wanted"),
     [
-        ("hybrid", 0.75 * (2.0 + 4.0) + 0.25 * 8.0),
-        ("reconstruction", 0.75 * (1.0 + 4.0) + 0.25 * 8.0),
+        ("hybrid", 2.0 + 4.0),
+        ("reconstruction", 1.0 + 4.0),
         ("density", 2.0),
     ],
 )
 def test_scorers_combine_their_streams(scorer: str, wanted: float) -> None:
     """Columns: reconstruction, density, forecast, imputation, then their long versions."""
     parts = jnp.asarray([[[1.0, 2.0, 0.5, 8.0, 0.0, 1.0, 4.0, 7.0]]])
-    assert float(calibration.combine(parts, scorer, unexplained=0.75)[0, 0]) == wanted
+    assert float(calibration.combine(parts, scorer)[0, 0]) == wanted
+
+
+@pytest.mark.parametrize(("imputation", "wanted"), [(8.0, 8.0), (1.0, 0.4 * (2.0 + 4.0))])
+def test_with_a_network_the_surer_one_counts(imputation: float, wanted: float) -> None:
+    parts = jnp.asarray([[[1.0, 2.0, 0.5, imputation, 0.0, 1.0, 4.0, 0.5]]])
+    found = calibration.combine(parts, "hybrid", network=True)
+    assert float(found[0, 0]) == pytest.approx(wanted)
 
 
 def piled(combined: np.ndarray) -> np.ndarray:

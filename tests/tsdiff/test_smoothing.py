@@ -55,11 +55,15 @@ def test_what_is_not_known_is_neutral() -> None:
 
 
 @pytest.mark.parametrize("lag", LAGS)
-def test_slots_to_come_count_where_there_are_any_and_else_those_before(lag: int) -> None:
+def test_slots_before_count_and_those_to_come_where_there_are_any(lag: int) -> None:
+    """Slots at which each scale sees a spike: the slot itself, those after it, those before it."""
     config = ModelConfig()
-    by = scorers.smoothing(config, lag)
-    spike = np.zeros(80)
-    spike[40] = USUAL
-    strange = np.flatnonzero(smoothed(spike, by)) + by.behind
-    first, last = (40 - lag, 40) if lag else (40, 40 + config.smoothing - 1)
-    assert (strange.min(), strange.max()) == (first, last)
+    by = scorers.scales(config, lag)
+    spike = np.zeros((1, 80, 1), np.float32)
+    spike[0, 40] = USUAL
+    neutral, usual = jnp.full((1, 1), NEUTRAL), jnp.full((1, 1), USUAL)
+    found = np.asarray(scorers.at_scales(jnp.asarray(spike), neutral, usual, by))[0]
+    assert len(found) == 80 - by.behind - by.ahead
+    seen = [np.flatnonzero(column) + by.behind for column in found.T]
+    wanted = [(40, 40), (40, 40 + config.smoothing - 1)] + [(40 - lag, 40)] * (lag > 0)
+    assert [(slots.min(), slots.max()) for slots in seen] == wanted
