@@ -18,8 +18,8 @@ class ModelConfig:
     `window` is what is read at once; `hidden` how many last slots a masked reading hides; `sigma`
     the noise level of the unmasked reading; `smoothing` the slots of the streams' long scale, in
     which a slot weighs half of one that is `smoothing_half_life` slots younger, and counts as no
-    more than `smoothing_ceiling` times the stream's 98th percentile. With a lag the long scale is
-    of the slots to come, and weights halve in `smoothing_half_life_ahead`.
+    more than `smoothing_ceiling` times the stream's 98th percentile. With a lag there is another
+    one, of the slots to come, whose weights halve in `smoothing_half_life_ahead`.
     """
 
     window: int = 16  # what a 32-rank Gaussian can learn of 38 channels in a day

@@ -127,9 +127,7 @@ def detect_spans(
     known = jnp.concatenate([history, streams], 1)
     usual = fitted.knots[rows][:, : streams.shape[-1], -1]
     known = scorers.at_scales(known, neutral, usual, scorers.scales(config, lag))
-    # Tables of few scales are as wide as those of many.
-    knots, slope = (part[rows][:, : known.shape[-1]] for part in (fitted.knots, fitted.slope))
-    evidence = calibration.stream_evidence(known, knots, slope)
+    evidence = calibration.stream_evidence(known, fitted.knots[rows], fitted.slope[rows])
     if lag:
         read = read_spans(model, z[:, :last], rows, reader, missing=missing)
     network = reader.network is not None
@@ -232,10 +230,12 @@ class Detector:
                 )
             )
             of_lag, of_scorer = calibration.LAGS.index(lag), calibration.SCORERS.index(scorer)
+            # Tables of a lag with few scales are as wide as those of one with many.
+            columns = fitted.neutral.shape[1] * (1 + len(scorers.scales(self._config, lag).each))
             self._tables = Tables(
                 fitted._replace(
-                    knots=fitted.knots[:, of_lag],
-                    slope=fitted.slope[:, of_lag],
+                    knots=fitted.knots[:, of_lag, :columns],
+                    slope=fitted.slope[:, of_lag, :columns],
                     joint_knots=fitted.joint_knots[:, of_lag, of_scorer],
                     joint_slope=fitted.joint_slope[:, of_lag, of_scorer],
                 ),

@@ -175,27 +175,22 @@ def at_scales(
 
     NaN counts as `neutral`; `usual` as in `smooth`.
     """
-    last = streams.shape[1] - by.ahead
-    short = streams[:, by.behind : last]
+    known = jnp.where(jnp.isnan(streams), neutral[:, None, :], streams)
+    last = known.shape[1] - by.ahead
     long = [
-        smooth(streams[:, by.behind - one.behind : last + one.ahead], neutral, usual, one)
-        for one in by.each
+        smooth(known[:, by.behind - one.behind : last + one.ahead], usual, one) for one in by.each
     ]
-    return jnp.concatenate([jnp.where(jnp.isnan(short), neutral[:, None, :], short), *long], -1)
+    return jnp.concatenate([known[:, by.behind : last], *long], -1)
 
 
 def smooth(
-    streams: Float[Array, "E M S"],
-    neutral: Float[Array, "E S"],
-    usual: Float[Array, "E S"],
-    by: Smoothing,
+    streams: Float[Array, "E M S"], usual: Float[Array, "E S"], by: Smoothing
 ) -> Float[Array, "E T S"]:
-    """Moving average of T = M - behind - ahead slots; NaN counts as `neutral`.
+    """Moving average of T = M - behind - ahead slots.
 
     `usual` is the limit of usual values: the streams' 98th percentiles.
     """
-    known = jnp.where(jnp.isnan(streams), neutral[:, None, :], streams)
-    known = jnp.minimum(known, by.ceiling * usual[:, None, :])
+    known = jnp.minimum(streams, by.ceiling * usual[:, None, :])
     weight = 0.5 ** (np.abs(np.arange(-by.behind, by.ahead + 1)) / by.half_life)
     weight /= weight.sum()
     span = streams.shape[1] - by.behind - by.ahead

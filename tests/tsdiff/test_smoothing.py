@@ -7,21 +7,22 @@ import pytest
 from tsdiff import scorers
 from tsdiff.calibration import LAGS
 from tsdiff.config import ModelConfig
-from tsdiff.scorers import Smoothing
+from tsdiff.scorers import Scales, Smoothing
 
 NEUTRAL, USUAL = 1.0, 2.0
 
 
 def smoothed(values: np.ndarray, by: Smoothing) -> np.ndarray:
     """Long scale of one stream (M,) of one entity, (T,)."""
-    found = scorers.smooth(
-        jnp.asarray(values, jnp.float32)[None, :, None],
-        jnp.full((1, 1), NEUTRAL),
-        jnp.full((1, 1), USUAL),
-        by,
-    )
-    series: np.ndarray = np.asarray(found)
-    return np.asarray(series[0, :, 0])
+    return at_scales(values, Scales((by,)))[:, 1]
+
+
+def at_scales(values: np.ndarray, by: Scales) -> np.ndarray:
+    """One stream (M,) of one entity at all scales, (T, C)."""
+    neutral, usual = jnp.full((1, 1), NEUTRAL), jnp.full((1, 1), USUAL)
+    streams = jnp.asarray(values, jnp.float32)[None, :, None]
+    found: np.ndarray = np.asarray(scorers.at_scales(streams, neutral, usual, by))
+    return np.asarray(found[0])
 
 
 def test_weights_halve_and_add_up_to_one() -> None:
@@ -59,10 +60,9 @@ def test_slots_before_count_and_those_to_come_where_there_are_any(lag: int) -> N
     """Slots at which each scale sees a spike: the slot itself, those after it, those before it."""
     config = ModelConfig()
     by = scorers.scales(config, lag)
-    spike = np.zeros((1, 80, 1), np.float32)
-    spike[0, 40] = USUAL
-    neutral, usual = jnp.full((1, 1), NEUTRAL), jnp.full((1, 1), USUAL)
-    found = np.asarray(scorers.at_scales(jnp.asarray(spike), neutral, usual, by))[0]
+    spike = np.zeros(80)
+    spike[40] = USUAL
+    found = at_scales(spike, by)
     assert len(found) == 80 - by.behind - by.ahead
     seen = [np.flatnonzero(column) + by.behind for column in found.T]
     wanted = [(40, 40), (40, 40 + config.smoothing - 1)] + [(40 - lag, 40)] * (lag > 0)
