@@ -20,7 +20,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from stream import memory
 from stream.learning import Learner
 from stream.simulate import CHANNELS, simulate_fleet
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
+from tsdiff.config import SlowScorer
 from tsdiff.errors import ConfigError, TsdiffError
 from tsdiff.history import EntityHistory, History
 from tsdiff.runs import Counts
@@ -52,6 +53,7 @@ KEYS: Final = (
 MISSING: Final = ("complete", "few missing", "many missing")
 # (name, entities, slots of each): a round of the service, its catching up, and backfill.
 WORKLOADS: Final = (("live", 1024, 1), ("catching up", 64, 16), ("history", 4, 512))
+_SLOW: Final = (64, 1)  # entities and slots of each, for slow scorers: a call, too
 _REPEATS = 5
 _PERIOD_MS = 60_000
 _RESEARCH_STEPS, _RESEARCH_SAMPLES = 50, 10
@@ -93,7 +95,7 @@ def run_bench(
             f"{seconds:g}"
         )
     with tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder:
-        model, bundle = _model_of(train, model, channels, Path(folder), say)
+        model, bundle = _model_of(train, model, channels, Path(folder), say, slow=True)
         say(f"measuring {bundle.version} on one core")
         found: Record = {"model": bundle.version, "channels": len(bundle.channels)}
         found |= in_process(task("measure", model, str(seconds)), one_core())
@@ -154,13 +156,19 @@ def run_service_bench(
 
 
 def _model_of(
-    train: Train, model: Path | None, channels: int, folder: Path, say: Callable[[str], None]
+    train: Train,
+    model: Path | None,
+    channels: int,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    slow: bool = False,
 ) -> tuple[Path, Bundle]:
     """Return what was given, or a tiny bundle of that many channels."""
     if model is None:
         say(f"training a tiny model of {channels} channels")
         model = folder / "bundle"
-        save_bundle(tiny_bundle(train, channels), model)
+        save_bundle(tiny_bundle(train, channels, slow=slow), model)
     return model, load_bundle(model)  # one that cannot be used is said here, in one line
 
 
@@ -170,11 +178,11 @@ def _answer(found: Record) -> Record:
     return {key: found.pop(key, None) for key in KEYS} | found
 
 
-def tiny_bundle(train: Train, channels: int) -> Bundle:
+def tiny_bundle(train: Train, channels: int, *, slow: bool = False) -> Bundle:
     """Train on a few simulated servers; the network is kept however good it is.
 
-    What is measured depends on shapes alone. More channels than the simulator has are those of
-    further fleets.
+    With `slow`, it is calibrated for the slow scorers, too. What is measured depends on shapes
+    alone. More channels than the simulator has are those of further fleets.
     """
     fleets = [
         simulate_fleet(4, min(channels - start, len(CHANNELS)), slots=1500, seed=start)
@@ -187,8 +195,16 @@ def tiny_bundle(train: Train, channels: int) -> Bundle:
         EntityHistory(entity, first.timestamps_ms, readings)
         for entity, readings in zip(first.entities, values, strict=True)
     )
-    settings = {"name": "bench", "steps": 20, "evaluate_every": 20, "network_weight": 0.5}
-    return train(History(names, entities, ()), period_ms=_PERIOD_MS, **settings)
+    history = History(names, entities, ())
+    return train(
+        history,
+        period_ms=_PERIOD_MS,
+        name="bench",
+        steps=20,
+        evaluate_every=20,
+        network_weight=0.5,
+        slow_scorers=get_args(SlowScorer) if slow else (),
+    )
 
 
 def one_core() -> dict[str, str]:
@@ -299,7 +315,7 @@ def measure(bundle: Bundle, seconds: float) -> Record:
     compilations = live.compilations
     drift = compilations_while_shapes_change(live)
     wall, cpu = time.perf_counter(), time.process_time()
-    rates = windows_per_second(bundle, detectors, seconds)
+    rates = windows_per_second(bundle, detectors, seconds) + slow_windows_per_second(bundle)
     core_share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     learning = learning_seconds_per_slot(live)
     headline = 1.0 / (1.0 / rates[0]["windows_per_second"] + learning)
@@ -413,17 +429,37 @@ def windows_per_second(
             for missing in MISSING:
                 call = workload(detector, entities, slots, missing)
                 taken = timed(lambda d=detector, c=call: d.detect(**c), share)  # type: ignore[misc]
-                rates.append(
-                    {
-                        "scorer": scorer,
-                        "workload": name,
-                        "entities": entities,
-                        "slots": slots,
-                        "missing": missing,
-                        "windows_per_second": entities * slots / taken,
-                    }
-                )
+                rates.append(_rate(scorer, name, entities, slots, missing, taken))
     return rates
+
+
+def slow_windows_per_second(bundle: Bundle) -> list[Record]:
+    """Rates of the slow scorers that the bundle is calibrated for, live, with nothing missing.
+
+    Whatever is missing costs them the same.
+    """
+    from tsdiff.detector import Detector  # noqa: PLC0415 - loads JAX
+
+    rates = []
+    for scorer in (name for name in bundle.manifest.scorers if name in get_args(SlowScorer)):
+        detector = cast(Scorer, Detector(bundle, shapes=(_SLOW,), scorer=scorer))
+        call = workload(detector, *_SLOW, MISSING[0])
+        taken = timed(lambda d=detector, c=call: d.detect(**c), 0.0)  # type: ignore[misc]
+        rates.append(_rate(scorer, WORKLOADS[0][0], *_SLOW, MISSING[0], taken))
+    return rates
+
+
+def _rate(
+    scorer: str, name: str, entities: int, slots: int, missing: str, seconds: float
+) -> Record:
+    return {
+        "scorer": scorer,
+        "workload": name,
+        "entities": entities,
+        "slots": slots,
+        "missing": missing,
+        "windows_per_second": entities * slots / seconds,
+    }
 
 
 def learning_seconds_per_slot(scorer: Scorer) -> float:
@@ -696,7 +732,7 @@ def _rate_table(rates: Sequence[Record]) -> list[str]:
         }
         prefix = "" if scorer == "default" else f"{scorer}, "
         label = f"{prefix}{name}: {entities:,} x {slots} slot{'' if slots == 1 else 's'}"
-        table.append([label, *(f"{found[missing]:,.0f}" for missing in MISSING)])
+        table.append([label, *(f"{found[m]:,.0f}" if m in found else "" for m in MISSING)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [
         "  ".join(

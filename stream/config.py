@@ -46,6 +46,7 @@ from stream._layers import (
     yaml_layer,
 )
 from stream.tls import client_context
+from tsdiff.config import Adapt, Scorer
 from tsdiff.errors import ConfigError
 
 _MIB = 1024 * 1024
@@ -101,16 +102,17 @@ class ModelSection(_Section):
 class DetectSection(_Section):
     """How windows are read."""
 
-    scorer: Literal["hybrid", "reconstruction", "density"] = Field(
+    scorer: Scorer = Field(
         default="hybrid",
         description="The reading of the model: what it cannot reconstruct or forecast, how seldom "
-        "normal data are like this, or both",
+        "normal data are like this, or both; crps, elbo, score-norms and flow are slow, and need a "
+        "bundle of `tsdiff train --scorer`",
     )
     lag: Literal[0, 3, 7, 15] = Field(
         default=0,
         description="Slots that must follow a slot before it is scored: later, and more accurate",
     )
-    adapt: Literal["auto", "none", "level", "full"] = Field(
+    adapt: Adapt = Field(
         default="auto",
         description="What entities go on learning from their normal readings: their levels, or all "
         "the model knows (full: 470 KB an entity at 38 channels, and only those of the training); "

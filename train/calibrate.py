@@ -39,13 +39,13 @@ _settle = jax.jit(scorers.settle)
 _at_scales = jax.jit(scorers.at_scales, static_argnames="by")
 
 
-@partial(jax.jit, static_argnames="network")
-def _combined(sample: Array, knots: Array, slope: Array, network: bool) -> Array:
+@partial(jax.jit, static_argnames="reader")
+def _combined(sample: Array, knots: Array, slope: Array, reader: Reader) -> Array:
     """Combine the evidence of streams (N, C) as each scorer does, (J, N - CUSUM_BEHIND)."""
     evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
-    combined = [
-        calibration.combine(evidence, name, network=network) for name in calibration.SCORERS
-    ]
+    network = reader.network is not None
+    names = calibration.SCORERS if reader.slow is None else (reader.slow,)
+    combined = [calibration.combine(evidence, name, network=network) for name in names]
     return calibration.add_cusum(jnp.concatenate(combined))
 
 
@@ -82,7 +82,8 @@ def read_held_out(
             piece = np.full((config.window - 1 + _SPAN, series.shape[1]), np.nan, np.float32)
             part = series[start : start + config.window - 1 + _SPAN]
             piece[: len(part)] = part
-            missing = 0 if np.isfinite(part).all() else None
+            # A slow scorer costs the same either way: compile once.
+            missing = 0 if reader.slow is None and np.isfinite(part).all() else None
             of = jnp.asarray([-1 if as_unknown else row])
             found = _read(model, piece[None], of, reader, missing=missing)
             kept = len(part) - config.window + 1
@@ -127,7 +128,7 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
         if several:
             limit = usual(pooled, by)
             of_all = [at_scales(part, -1, limit, by) for part in pooled]
-        return _fit_tails(of_own, of_all, network=reader.network is not None)
+        return _fit_tails(of_own, of_all, reader)
 
     each = [tails(scorers.scales(config, lag)) for lag in calibration.LAGS]
     widest = max(found.slope.shape[1] for found, _ in each)
@@ -163,7 +164,7 @@ def _widened(found: _Tails, columns: int) -> _Tails:
 
 
 def _fit_tails(
-    own: Sequence[FloatArray], unknown: Sequence[FloatArray], *, network: bool
+    own: Sequence[FloatArray], unknown: Sequence[FloatArray], reader: Reader
 ) -> tuple[_Tails, FloatArray]:
     """Tails of samples (CUSUM_BEHIND + N, C), and the evidence of `own` ones by the default scorer.
 
@@ -180,7 +181,7 @@ def _fit_tails(
     slope = np.array([*of_own, of_all], np.float32)
 
     def combined(sample: FloatArray, row: int) -> FloatArray:
-        found = _combined(_padded(sample), knots[row], slope[row], network)
+        found = _combined(_padded(sample), knots[row], slope[row], reader)
         return np.asarray(found)[:, : len(sample) - skip]
 
     joint = [combined(each, row) for row, each in enumerate(own)]

@@ -50,6 +50,12 @@ def train(
             help="Channels that are counters, as input.rate; repeatable.",
         ),
     ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A slow scorer to calibrate for, too: crps, elbo, score-norms or flow; repeatable."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
     ] = False,
@@ -75,6 +81,8 @@ def train(
       tsdiff train one-host.parquet --period 10s -o bundle --no-network
 
       tsdiff train history/ --period 60s -o bundle --rate 'net.*' --rate 'disk.*_bytes'
+
+      tsdiff train history/ --period 60s -o bundle --scorer elbo
     """
     from train.loop import train as run  # noqa: PLC0415  (JAX is slow to import; --help is not)
 
@@ -86,6 +94,7 @@ def train(
         network=NetworkConfig() if network else None,
         steps=steps,
         max_minutes=max_minutes,
+        slow_scorers=tuple(dict.fromkeys(scorer or ())),
     )
     console = Console(stderr=True)
     history = load_history(data, period_ms=period_ms, part=part, rate=tuple(rate or ()))
@@ -263,6 +272,7 @@ def describe(bundle: Bundle) -> str:
         "channels": f"{len(bundle.channels)}: {_some(bundle.channels)}",
         "entities": f"{len(bundle.entities)}: {_some(bundle.entities)}",
         "detector": reading,
+        "scorers": ", ".join(manifest.scorers),
         "daily": f"{len(daily)}: {_some(daily)}"
         if daily
         else "no channel goes with the hour of day",

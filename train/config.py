@@ -1,8 +1,9 @@
 """Settings of training, beside the model's own."""
 
 from dataclasses import dataclass, field
+from typing import get_args
 
-from tsdiff.config import DiffusionConfig, ModelConfig, NetworkConfig
+from tsdiff.config import DiffusionConfig, ModelConfig, NetworkConfig, SlowScorer
 from tsdiff.errors import ConfigError
 
 
@@ -34,8 +35,16 @@ class TrainConfig:
     most_anchors: int = 64
     """Up to so many entities may have anchors of their own, where held-out data want it."""
     units: tuple[str, ...] = ()
+    slow_scorers: tuple[str, ...] = ()
+    """Calibrated for besides the fast ones."""
 
     def __post_init__(self) -> None:
+        for scorer in self.slow_scorers:
+            if scorer not in (known := get_args(SlowScorer)):
+                raise ConfigError(
+                    f"expected slow scorers of {', '.join(known)}, got {scorer!r}; bundles are "
+                    "calibrated for the others anyway"
+                )
         if not 0.05 <= self.held_out <= 0.5:
             raise ConfigError(f"expected 0.05 <= held_out <= 0.5, got {self.held_out}")
         if self.steps < 1 or self.batch < 1 or self.evaluate_every < 1:

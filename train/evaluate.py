@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,9 @@ from train.metrics import (
     roc_auc,
     volumes,
 )
-from train.readings import READINGS
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS, evidence_threshold
-from tsdiff.config import Adapt, NetworkConfig
+from tsdiff.config import Adapt, NetworkConfig, SlowScorer
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError
 from tsdiff.history import History
@@ -39,11 +38,13 @@ from tsdiff.series import SHAPES, score_series
 from tsdiff.types import FloatArray
 from tsdiff.windows import extended
 
-OURS = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
+SLOW = {f"tsdiff-{name}": name for name in get_args(SlowScorer)}
+"""Our slow scorers, run by name only."""
+_FAST = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
+OURS = {**_FAST, **SLOW}
 """Our scorers: the default one, then `tsdiff-<scorer>`."""
-DETECTORS = (*OURS, *BASELINES)
-"""Run where nothing is asked for; `train.readings` are run by name only."""
-_BY_ENTITY = {**BASELINES, **READINGS}
+DETECTORS = (*_FAST, *BASELINES)
+"""Run where nothing is asked for."""
 CLEAN = "clean"
 STRESSES = (*stress.WORSE, stress.CONTAMINATED)
 
@@ -63,7 +64,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in self.detectors:
-            if name not in (known := (*OURS, *_BY_ENTITY)):
+            if name not in (known := (*OURS, *BASELINES)):
                 raise ConfigError(f"expected a detector of {', '.join(known)}, got {name!r}")
         if self.seeds < 1:
             raise ConfigError(f"expected at least one seed, got {self.seeds}")
@@ -131,7 +132,11 @@ def score_ours(
 @lru_cache(maxsize=4)
 def _bundles(labelled: LabelledSet, settings: Settings, seed: int) -> Mapping[str, Bundle]:
     """Train one bundle for all entities, or one for each; all scorers read the same."""
-    config = TrainConfig(seed=seed, network=NetworkConfig() if settings.network else None)
+    config = TrainConfig(
+        seed=seed,
+        network=NetworkConfig() if settings.network else None,
+        slow_scorers=tuple(SLOW[name] for name in settings.detectors if name in SLOW),
+    )
 
     def fit(entities: Sequence[Entity]) -> Bundle:
         history = History(labelled.channels, tuple(each.history for each in entities), ())
@@ -168,7 +173,7 @@ def _fit_baseline(name: str, labelled: LabelledSet, settings: Settings, seed: in
     for entity in _judged(labelled):
         held_out = held_out_slots(len(entity.past), config)
         goes_on = entity.test is not None and entity.test.goes_on
-        baseline = _BY_ENTITY[name]()
+        baseline = BASELINES[name]()
         fitted[entity.name] = baselines.fit(baseline, entity.past, held_out, seed, goes_on)
     return lambda entity, test: fitted[entity.name](test.values)
 
@@ -183,7 +188,7 @@ def _judged(labelled: LabelledSet) -> list[Entity]:
 
 
 def _seeded(name: str, settings: Settings) -> bool:
-    return settings.network if name in OURS else _BY_ENTITY[name]().seeded
+    return settings.network if name in OURS else BASELINES[name]().seeded
 
 
 # -- judging ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from train.state import Checkpoints, TrainState
 from train.step import WEIGHTS, Anchored, Training, held_out_losses, train_step, windows_of
 from tsdiff.anchor import Anchor
 from tsdiff.bundle import Bundle, Manifest, make_bundle
+from tsdiff.calibration import SCORERS, array_name
 from tsdiff.config import ModelConfig
 from tsdiff.denoiser import Network, Params
 from tsdiff.reading import Reader, make_model
@@ -193,8 +194,12 @@ def _assemble(
         arrays[f"statistics.{name}"] = getattr(dataset.statistics, name)
     arrays["season"] = dataset.season
     arrays["runs.longest"] = dataset.longest
-    for name, table in fitted.calibration._asdict().items():
-        arrays[f"calibration.{name}"] = np.asarray(table, np.float32)
+    tables = {SCORERS[0]: fitted.calibration}
+    for scorer in config.slow_scorers:
+        tables[scorer] = calibrate(model, dataset, replace(reader, slow=scorer)).calibration
+    for scorer, found in tables.items():
+        for name, table in found._asdict().items():
+            arrays[array_name(scorer, name)] = np.asarray(table, np.float32)
     arrays["band_scale"] = fitted.band_scale
     for name, array in (params or {}).items():
         arrays[f"network.{name}"] = np.asarray(array, np.float32)
@@ -218,6 +223,7 @@ def _assemble(
         network=None if kept is None else config.network,
         network_weight=reader.network_weight,
         network_unexplained=reader.unexplained,
+        scorers=(*SCORERS, *config.slow_scorers),
         training=training,
         fingerprint=dataset.fingerprint,
         metrics=metrics,

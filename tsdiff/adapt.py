@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tsdiff.anchor import refit_anchor
 from tsdiff.bundle import Bundle
+from tsdiff.calibration import SCORERS, tables_of
 from tsdiff.config import MOST_FULL, Adapt
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
@@ -61,11 +62,14 @@ class Adaptation(ABC):
     context: int
     size: int
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.key = f"{type(self).__name__.lower()}:{bundle.version}"
-        knots = bundle.arrays["calibration.knots"]
-        # The 98th percentiles of reconstruction and density, without lag, as they are.
-        self._usual = np.asarray(knots[:, 0, :2, -1], np.float32)
+    def __init__(self, bundle: Bundle, scorer: str) -> None:
+        fitted = tables_of(bundle.arrays, scorer)
+        # The 98th percentiles of reconstruction and density (or a slow scorer's own), without lag,
+        # as they are.
+        self._usual = np.asarray(fitted.knots[:, 0, : min(fitted.neutral.shape[1], 2), -1])
+        # What is calm depends on whose streams are asked.
+        asked = "" if scorer in SCORERS else f":{scorer}"
+        self.key = f"{type(self).__name__.lower()}:{bundle.version}{asked}"
         self._clip = bundle.manifest.model.clip
         self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)
         self._season = np.asarray(bundle.arrays["season"], np.float32)
@@ -152,8 +156,8 @@ class Level(Adaptation):
 
     block = 64
 
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle)
+    def __init__(self, bundle: Bundle, scorer: str) -> None:
+        super().__init__(bundle, scorer)
         self.context, self.size = 0, len(bundle.channels) + 1
 
     def _learn(
@@ -192,8 +196,8 @@ class Full(Adaptation):
 
     block = 256
 
-    def __init__(self, bundle: Bundle, model: Model) -> None:
-        super().__init__(bundle)
+    def __init__(self, bundle: Bundle, model: Model, scorer: str) -> None:
+        super().__init__(bundle, scorer)
         self._config = bundle.manifest.model
         self._channels = len(bundle.channels)
         self.context = self._config.window - 1
@@ -286,8 +290,12 @@ def _mixed(old: DoubleArray, total: DoubleArray, number: DoubleArray, slots: flo
     return np.asarray((1.0 - weight) * old + weight * total / np.maximum(number, 1.0))
 
 
-def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | None:
+def make_adaptation(
+    adapt: Adapt, bundle: Bundle, model: Model, scorer: str = SCORERS[0]
+) -> Adaptation | None:
     """Return how entities learn, None where they do not; `auto` is `full` for all but large fleets.
+
+    `scorer` is the one whose streams say which slots are calm.
 
     Raises:
         KeyError: the bundle lacks an array.
@@ -295,5 +303,5 @@ def make_adaptation(adapt: Adapt, bundle: Bundle, model: Model) -> Adaptation | 
     """
     small = len(bundle.entities) <= MOST_FULL and len(bundle.channels) <= _MOST_CHANNELS
     if adapt == "full" or (adapt == "auto" and small):
-        return Full(bundle, model)
-    return None if adapt == "none" else Level(bundle)
+        return Full(bundle, model, scorer)
+    return None if adapt == "none" else Level(bundle, scorer)

@@ -157,6 +157,11 @@ class Whitened(NamedTuple):
     weight: Float[Array, " N"] | None = None
     turn: Float[Array, "K K"] | None = None
 
+    def anchor(self) -> Anchor:
+        """What it was made of (`whiten`), where that was at no noise."""
+        scaled = jax.scipy.linalg.solve_triangular(self.basis, self.loadings.T, trans=1)
+        return Anchor(self.mean, self.scale[:, None] * scaled.T, self.scale**2)
+
     def project(self, residual: Float[Array, "B N"]) -> Float[Array, "B K"]:
         """Sum whitened residuals along this level's loadings."""
         weighted = residual if self.weight is None else residual * self.weight

@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_arrays
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
 
-FORMAT = 9
+FORMAT = 10
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"
@@ -39,7 +39,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     `network_weight` is the network's gate g (0: it was dropped, and `network` is None),
     `network_unexplained` the share of the anchor's held-out loss that it leaves (1 without one);
-    `fingerprint` identifies the training data; `metrics` were measured on held-out data.
+    `scorers` are those that it is calibrated for; `fingerprint` identifies the training data;
+    `metrics` were measured on held-out data.
     """
 
     kind: str = _KIND
@@ -53,6 +54,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     network: NetworkConfig | None
     network_weight: float
     network_unexplained: float
+    scorers: tuple[str, ...]
     training: dict[str, int | float | str | bool]
     fingerprint: str
     metrics: dict[str, float]

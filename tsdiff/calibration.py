@@ -9,18 +9,21 @@ tail exponential.
 """
 
 import math
+from collections.abc import Mapping
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
+from numpy.typing import NDArray
 
+from tsdiff.config import FastScorer
 from tsdiff.types import FloatArray
 
-SCORERS = ("hybrid", "reconstruction", "density")
-"""Readings of the model that a bundle is calibrated for; the first is the default."""
+SCORERS = get_args(FastScorer)
+"""Those that share their streams and tables, which every bundle has; the first is the default."""
 LAGS = (0, 3, 7, 15)
 """Lags in slots that a bundle is calibrated for: how much of what follows a slot may be seen."""
 KNOTS = 33
@@ -69,7 +72,8 @@ class Calibration(NamedTuple):
     `neutral` (R+1, S) median of each stream; for each of the V `LAGS`: `knots` (R+1, V, C, Q)
     values at evenly spaced evidence from 0 to that of the 98th percentile; `slope` (R+1, V, C)
     evidence per log of the stream beyond; `joint_knots` (R+1, V, J, Q) and `joint_slope`
-    (R+1, V, J) the same for what each of the J `SCORERS` combines and piles up.
+    (R+1, V, J) the same for what each of the J `SCORERS` combines and piles up. A slow scorer has
+    tables of its own, with J = 1.
     """
 
     neutral: Array
@@ -77,6 +81,22 @@ class Calibration(NamedTuple):
     slope: Array
     joint_knots: Array
     joint_slope: Array
+
+
+def array_name(scorer: str, table: str) -> str:
+    """Name of a scorer's table, one of `Calibration`'s fields, among the arrays of a bundle."""
+    return ".".join(("calibration", *(() if scorer in SCORERS else (scorer,)), table))
+
+
+def tables_of(arrays: Mapping[str, NDArray[np.generic]], scorer: str) -> Calibration:
+    """Return a scorer's tables from the arrays of a bundle.
+
+    Raises:
+        KeyError: one is missing.
+
+    """
+    each = (arrays[array_name(scorer, table)] for table in Calibration._fields)
+    return Calibration(*(jnp.asarray(table, jnp.float32) for table in each))
 
 
 def knot_levels() -> FloatArray:
@@ -150,8 +170,11 @@ def combine(
     also asks how dense normal data are here. The forecast's evidence is added, since it did not see
     the cells it judges: a maximum over all would only pay for more chances of a false alarm. All
     that is the anchor's. Where there is a `network`, its imputation says more, and the anchor
-    counts only where it is surer by far.
+    counts only where it is surer by far. A slow scorer has one stream, and a time scale says more
+    than another where it is surer.
     """
+    if scorer not in SCORERS:
+        return evidence.max(-1)
     largest = reduce(jnp.maximum, jnp.split(evidence, evidence.shape[-1] // 4, -1))
     reconstruction, density, forecast, imputation = (largest[..., stream] for stream in range(4))
     if scorer == "density":

@@ -5,6 +5,11 @@ from typing import Literal
 
 from tsdiff.errors import ConfigError
 
+FastScorer = Literal["hybrid", "reconstruction", "density"]
+SlowScorer = Literal["crps", "elbo", "score-norms", "flow"]
+Scorer = Literal[FastScorer, SlowScorer]
+"""Readings of the model: all bundles are calibrated for the fast ones (`tsdiff.scorers`; the first
+is the default), for a slow one (`tsdiff.slow`) those that were trained with it."""
 Adapt = Literal["auto", "none", "level", "full"]
 """What an entity goes on learning (`tsdiff.adapt`)."""
 MOST_FULL = 1000

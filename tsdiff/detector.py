@@ -23,7 +23,7 @@ from tsdiff import calibration, scorers
 from tsdiff.adapt import make_adaptation
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import Calibration
-from tsdiff.config import Adapt, ModelConfig
+from tsdiff.config import Adapt, ModelConfig, Scorer
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
@@ -183,7 +183,7 @@ class Detector:
 
     Attributes:
         bundle: what it was built from.
-        scorer: how the readings are combined, one of `calibration.SCORERS`.
+        scorer: how the model is read, one of the bundle's (`config.Scorer`).
         lag: slots after a slot that must be known before it is scored, one of `calibration.LAGS`.
         adaptation: how entities go on learning from their readings, if they do.
         window: slots of raw history a slot needs, itself included (W).
@@ -203,7 +203,13 @@ class Detector:
         lag: int = 0,
         adapt: Adapt = "none",
     ) -> None:
-        _one_of("a scorer", scorer, calibration.SCORERS)
+        _one_of("a scorer", scorer, get_args(Scorer))
+        if scorer not in bundle.manifest.scorers:
+            raise ConfigError(
+                f"expected a scorer that bundle {bundle.manifest.name} is calibrated for "
+                f"({', '.join(bundle.manifest.scorers)}), got {scorer!r}; train it with "
+                f"`tsdiff train --scorer {scorer}`"
+            )
         _one_of("a lag", lag, calibration.LAGS)
         _one_of("adapt", adapt, get_args(Adapt))
         self.bundle = bundle
@@ -223,13 +229,10 @@ class Detector:
                 *(_float(bundle, f"statistics.{name}") for name in Statistics.__annotations__)
             )
             self._longest = np.asarray(bundle.arrays["runs.longest"], np.int32)
-            fitted = Calibration(
-                *(
-                    jnp.asarray(_float(bundle, f"calibration.{name}"))
-                    for name in Calibration._fields
-                )
-            )
-            of_lag, of_scorer = calibration.LAGS.index(lag), calibration.SCORERS.index(scorer)
+            fitted = calibration.tables_of(bundle.arrays, scorer)
+            slow = scorer not in calibration.SCORERS
+            of_lag = calibration.LAGS.index(lag)
+            of_scorer = 0 if slow else calibration.SCORERS.index(scorer)
             # Tables of a lag with few scales are as wide as those of one with many.
             columns = fitted.neutral.shape[1] * (1 + len(scorers.scales(self._config, lag).each))
             self._tables = Tables(
@@ -242,14 +245,16 @@ class Detector:
                 jnp.asarray(_float(bundle, "band_scale")),
                 jnp.asarray(_float(bundle, "season")),
             )
-            self._model, self._reader = build_model(bundle)
-            self.adaptation = make_adaptation(adapt, bundle, self._model)
+            self._model, self._reader = build_model(bundle, scorer if slow else None)
+            self.adaptation = make_adaptation(adapt, bundle, self._model, scorer)
             if self.adaptation is not None:
                 self._model = self.adaptation.start(self._model)
         except KeyError as error:
             raise BundleError(
                 f"bundle {bundle.manifest.name} lacks the array {error}; train it again"
             ) from error
+        # What a slow scorer costs does not depend on it.
+        self._missing = (None,) if slow else _MISSING
         self._terms = int(self._tables.season.shape[1])
         self.streams = int(self._tables.calibration.neutral.shape[1])
         self._jitted = jax.jit(self._trace, static_argnames=("missing",))
@@ -307,7 +312,9 @@ class Detector:
     def warm_up(self) -> None:
         """Compile every shape, so that no later call has to."""
         keys = [
-            (batch, span, missing) for span, batch in self._batches.items() for missing in _MISSING
+            (batch, span, missing)
+            for span, batch in self._batches.items()
+            for missing in self._missing
         ]
         # XLA compiles one module on one core and lets go of the interpreter meanwhile.
         for _ in self._threads.map(self._executable, keys):
@@ -372,7 +379,7 @@ class Detector:
             read = slice(start, start + self.window - 1 + length + self.lag)
             piece, times = values[:, read], basis[:, read]
             most = self._most_missing(piece, lengths - start)
-            kind = np.searchsorted([bound for bound in _MISSING if bound is not None], most)
+            kind = np.searchsorted([bound for bound in self._missing if bound is not None], most)
             kind[lengths <= start] = -1
             into = Detection(*(whole[:, start : start + length] for whole in result))
             score = partial(self._score, (piece, times, mean, scale, rows, history), into, size)
@@ -391,10 +398,10 @@ class Detector:
     ) -> Iterator[tuple[NDArray[np.intp], Callable[..., Traced]]]:
         """Entities that share a call, and the compiled function for it.
 
-        `kind` (E,) is which of `_MISSING` each is to be read as, -1 = not at all.
+        `kind` (E,) is which of `self._missing` each is to be read as, -1 = not at all.
         """
         batch = self._batches[size]
-        for number, missing in enumerate(_MISSING):
+        for number, missing in enumerate(self._missing):
             chosen = np.flatnonzero(kind == number)
             for begin in range(0, len(chosen), batch):
                 call = self._executable((batch, size, missing))

@@ -16,7 +16,7 @@ Masks are as in `samplers.sample`, `x` in normalised units. A target whose x is 
 missing: nothing is read from it, and it gets no evidence. `levels` are noise levels that fall and
 stay positive. Noise and probes are arguments, drawn once and the same for all windows: evidence
 neither depends on a window's neighbours in the batch nor wavers from one call to the next. Only
-the samples of `reconstruct` differ from window to window.
+the samples of `reconstruct` differ from window to window, unless it is told what to start from.
 """
 
 from typing import NamedTuple
@@ -58,8 +58,12 @@ def reconstruct(
     levels: Float[Array, " n"],
     *,
     samples: int,
+    start: Float[Array, "S _ N"] | None = None,
 ) -> Reconstruction:
     """Draw the targets, missing ones too, and compare what was observed with the draws.
+
+    `start` as in `samplers.sample`: where it is the same for all windows and `method` adds no noise
+    of its own, a window's draws do not depend on its neighbours.
 
     With fewer than 19 samples the band runs from the least to the greatest and holds less than
     90 %: (samples - 1) / (samples + 1). Few steps make it narrow, too: DPM-Solver++(2M) from sigma
@@ -69,7 +73,9 @@ def reconstruct(
         raise ConfigError(
             f"expected at least 2 samples, as their spread is part of the CRPS, got {samples}"
         )
-    drawn = sample(denoise, process, method, x, conditioned, target, key, levels, samples=samples)
+    drawn = sample(
+        denoise, process, method, x, conditioned, target, key, levels, samples=samples, start=start
+    )
     ordered = jnp.sort(drawn, axis=0)
     return Reconstruction(
         evidence=jnp.where(_judged(x, conditioned, target), fair_crps(ordered, x), 0.0),

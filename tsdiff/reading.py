@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from tsdiff import scorers
+from tsdiff import scorers, slow
 from tsdiff.anchor import (
     Anchor,
     Whitened,
@@ -36,8 +36,9 @@ from tsdiff.types import DenoiseFn, DoubleArray
 from tsdiff.windows import gather
 
 _NETWORK = "network."
-# Windows read at a time: their 16 x 38 cells and what is made of them stay in the cache.
-_CHUNK = 256
+# Windows read at a time: their 16 x 38 cells and what is made of them stay in the cache. Slow
+# scorers make some dozen copies of each.
+_CHUNK, _SLOW_CHUNK = 256, 32
 
 
 class NetworkFn(Protocol):
@@ -135,16 +136,18 @@ class Reader:
     """What is static of a model: compile once for each.
 
     `network_weight` is the network's gate, `unexplained` the share of the anchor's held-out loss
-    that is left with it.
+    that is left with it. `slow` is the slow scorer whose evidence is the only stream; None: the
+    streams of the fast ones.
     """
 
     config: ModelConfig
     network: NetworkFn | None = None
     network_weight: float = 0.0
     unexplained: float = 1.0
+    slow: str | None = None
 
 
-def build_model(bundle: Bundle) -> tuple[Model, Reader]:
+def build_model(bundle: Bundle, slow: str | None = None) -> tuple[Model, Reader]:
     """Prepare the bundle's model. Flax is imported only if the bundle has a network.
 
     Raises:
@@ -167,7 +170,7 @@ def build_model(bundle: Bundle) -> tuple[Model, Reader]:
         )
     model = make_model(parts[0], parts[1], parts[2], manifest.model, params)
     return model, Reader(
-        manifest.model, network, manifest.network_weight, manifest.network_unexplained
+        manifest.model, network, manifest.network_weight, manifest.network_unexplained, slow
     )
 
 
@@ -219,6 +222,9 @@ def _read(
         x = jnp.where(observed, window, 0.0)
         forecast = _forecast(anchor, x, observed, config, missing)
         imputed = _impute(anchor, params, x, observed, rows[of], reader, missing)
+        if reader.slow is not None:
+            denoise = _denoiser(anchor.clean.anchor(), params, rows[of], reader)
+            return scorers.told(slow.read(reader.slow, denoise, window), observed, imputed)
         return scorers.read(
             anchor.noisy(config.sigma),
             x,
@@ -230,13 +236,13 @@ def _read(
             missing=missing,
         )
 
-    total = entities * span
-    if total <= _CHUNK:
+    total, chunk = entities * span, _CHUNK if reader.slow is None else _SLOW_CHUNK
+    if total <= chunk:
         found = read((entity, end))
     else:
-        short = -total % _CHUNK
+        short = -total % chunk
         padded = (jnp.pad(entity, (0, short)), jnp.pad(end, (0, short), mode="edge"))
-        pieces = jax.lax.map(read, tuple(part.reshape(-1, _CHUNK) for part in padded))
+        pieces = jax.lax.map(read, tuple(part.reshape(-1, chunk) for part in padded))
         found = Readings(*(part.reshape(-1, *part.shape[2:])[:total] for part in pieces))
     return Readings(*(part.reshape(entities, span, *part.shape[1:]) for part in found))
 
@@ -293,19 +299,30 @@ def make_denoiser(bundle: Bundle) -> DenoiseFn:
         # The last one is the pooled one.
         *(jnp.asarray(bundle.arrays[f"anchor.{name}"][-1], jnp.float32) for name in Anchor._fields)
     )
-    shape = (-1, reader.config.window, len(bundle.channels))
+    return _denoiser(anchor, model.params, None, reader)
+
+
+def _denoiser(
+    anchor: Anchor,
+    params: Mapping[str, Array] | None,
+    rows: Int[Array, " B"] | None,
+    reader: Reader,
+) -> DenoiseFn:
+    """As `make_denoiser` says; `rows` are those of the windows' entities, None: never seen."""
+    channels = anchor.mean.shape[0] // reader.config.window
+    shape = (-1, reader.config.window, channels)
 
     def denoise(
         x: Float[Array, "B N"], noise_variance: Float[Array, "B N"]
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
         m, s = posterior(anchor, x, noise_variance)
-        if reader.network is None or model.params is None:
+        if reader.network is None or params is None:
             return m, s
         noisy = jnp.isfinite(noise_variance) & (noise_variance > 0)
         level = jnp.sqrt(jnp.where(noisy, noise_variance, 0.0).max(1))
         centred = (x - anchor.mean) / jnp.sqrt(anchor.noise + level[:, None] ** 2)
         residual, log_variance = reader.network(
-            model.params,
+            params,
             (x - anchor.mean).reshape(shape),
             (m - anchor.mean).reshape(shape),
             (noise_variance == 0).reshape(shape),
@@ -313,7 +330,7 @@ def make_denoiser(bundle: Bundle) -> DenoiseFn:
             jnp.where(noisy, centred, 0.0).reshape(shape),
             # Without any noisy cell, the hidden ones say nothing.
             jnp.where(noisy.any(1), level, jnp.inf),
-            jnp.full(len(x), -1),
+            jnp.full(len(x), -1) if rows is None else rows,
         )
         return denoised(
             m, s, residual.reshape(x.shape), log_variance.reshape(x.shape), reader.network_weight

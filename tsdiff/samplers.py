@@ -233,6 +233,7 @@ def sample(
     levels: Float[Array, " n"],
     *,
     samples: int = 1,
+    start: Float[Array, "S _ N"] | None = None,
 ) -> Float[Array, "S B N"]:
     """Draw the target cells given the conditioned cells; all others are as in `x`.
 
@@ -240,14 +241,17 @@ def sample(
     NaN. A missing cell to be imputed is a target; a cell that is neither is averaged over; one
     that is both counts as conditioned. `levels` are noise levels that fall and stay positive
     (`sde.karras_levels` and its like), `levels[0]` so high that targets are noise alone: what is
-    lost is of the order of the data's mean over `levels[0]`. The denoiser is mapped over samples,
-    so that it sees (B, N) and may hold what belongs to each window.
+    lost is of the order of the data's mean over `levels[0]`. `start`, standard normal noise to
+    begin with, is drawn here if None; one for all windows has a second axis of 1. The denoiser is
+    mapped over samples, so that it sees (B, N) and may hold what belongs to each window.
     `denoise`, `process`, `method` and `samples` are static under `jit`.
     """
     target = target & ~conditioned
     given = jax.vmap(conditional(denoise, x, conditioned, target), (0, None))
     key_start, key_steps = jax.random.split(key)
-    y = levels[0] * jax.random.normal(key_start, (samples, *x.shape), x.dtype)
+    if start is None:
+        start = jax.random.normal(key_start, (samples, *x.shape), x.dtype)
+    y = levels[0] * jnp.broadcast_to(start, (samples, *x.shape))
     before = jnp.concatenate([jnp.full(1, jnp.inf, levels.dtype), levels])[:-2]
     keys = jax.random.split(key_steps, len(levels) - 1)
 
@@ -256,8 +260,8 @@ def sample(
     ) -> tuple[tuple[Array, Array], None]:
         return method(Step(given, process, *state, *step)), None
 
-    start = (y, jnp.zeros_like(y))
-    (y, _), _ = jax.lax.scan(advance, start, (before, levels[:-1], levels[1:], keys))
+    steps = (before, levels[:-1], levels[1:], keys)
+    (y, _), _ = jax.lax.scan(advance, (y, jnp.zeros_like(y)), steps)
     return jnp.where(target, given(y, levels[-1]), x)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from tsdiff import anchor
+from tsdiff import anchor, slow
 from tsdiff.anchor import Whitened
 from tsdiff.config import ModelConfig
 
@@ -24,10 +24,11 @@ STREAMS = ("reconstruction", "density", "forecast", "imputation")
 class Readings(NamedTuple):
     """What a batch of windows says about its last slots.
 
-    `streams` (B, S) raw values, in the order of `STREAMS`; `coverage` (B, S) the share of the
-    cells behind each that were observed (0: the value means nothing); `expected` and `sd` (B, D)
-    in normalised units, from the masked reading; `surprise` (B, D) how many standard deviations
-    each reading is from what was forecast or, with a network, imputed, 0 where missing.
+    `streams` (B, S) raw values, in the order of `STREAMS`, or a slow scorer's one; `coverage`
+    (B, S) the share of the cells behind each that were observed (0: the value means nothing);
+    `expected` and `sd` (B, D) in normalised units, from the masked reading; `surprise` (B, D) how
+    many standard deviations each reading is from what was forecast or, with a network, imputed, 0
+    where missing.
     """
 
     streams: Float[Array, "B S"]
@@ -88,6 +89,17 @@ def read(
     coverage = (of_slot, of_window, of_slot, of_slot)
     return Readings(
         jnp.stack(streams, -1), jnp.stack(coverage, -1), imputed.mean, imputed.sd, surprise
+    )
+
+
+def told(found: slow.Told, observed: Bool[Array, "B L D"], imputed: Told) -> Readings:
+    """Put what a slow scorer has `found` in the place of all streams.
+
+    Its evidence says whose fault it is, too: `surprise` is the root, since shares are of squares.
+    """
+    coverage = observed[:, -1].mean(-1)
+    return Readings(
+        found.stream[:, None], coverage[:, None], imputed.mean, imputed.sd, jnp.sqrt(found.cells)
     )
 
 
