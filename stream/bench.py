@@ -18,9 +18,10 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, Protocol, cast, get_args
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from stream import memory
 from stream.learning import Learner
 from stream.simulate import CHANNELS, simulate_fleet
 from tsdiff.bundle import Bundle, load_bundle, save_bundle
-from tsdiff.config import SlowScorer
+from tsdiff.config import SLOW_SCORERS
 from tsdiff.errors import ConfigError, TsdiffError
 from tsdiff.history import EntityHistory, History
 from tsdiff.runs import Counts
@@ -95,7 +96,8 @@ def run_bench(
             f"{seconds:g}"
         )
     with tempfile.TemporaryDirectory(prefix="tsdiff-bench-") as folder:
-        model, bundle = _model_of(train, model, channels, Path(folder), say, slow=True)
+        slow = partial(train, slow_scorers=SLOW_SCORERS)
+        model, bundle = _model_of(slow, model, channels, Path(folder), say)
         say(f"measuring {bundle.version} on one core")
         found: Record = {"model": bundle.version, "channels": len(bundle.channels)}
         found |= in_process(task("measure", model, str(seconds)), one_core())
@@ -156,19 +158,13 @@ def run_service_bench(
 
 
 def _model_of(
-    train: Train,
-    model: Path | None,
-    channels: int,
-    folder: Path,
-    say: Callable[[str], None],
-    *,
-    slow: bool = False,
+    train: Train, model: Path | None, channels: int, folder: Path, say: Callable[[str], None]
 ) -> tuple[Path, Bundle]:
     """Return what was given, or a tiny bundle of that many channels."""
     if model is None:
         say(f"training a tiny model of {channels} channels")
         model = folder / "bundle"
-        save_bundle(tiny_bundle(train, channels, slow=slow), model)
+        save_bundle(tiny_bundle(train, channels), model)
     return model, load_bundle(model)  # one that cannot be used is said here, in one line
 
 
@@ -178,11 +174,11 @@ def _answer(found: Record) -> Record:
     return {key: found.pop(key, None) for key in KEYS} | found
 
 
-def tiny_bundle(train: Train, channels: int, *, slow: bool = False) -> Bundle:
+def tiny_bundle(train: Train, channels: int) -> Bundle:
     """Train on a few simulated servers; the network is kept however good it is.
 
-    With `slow`, it is calibrated for the slow scorers, too. What is measured depends on shapes
-    alone. More channels than the simulator has are those of further fleets.
+    What is measured depends on shapes alone. More channels than the simulator has are those of
+    further fleets.
     """
     fleets = [
         simulate_fleet(4, min(channels - start, len(CHANNELS)), slots=1500, seed=start)
@@ -195,16 +191,8 @@ def tiny_bundle(train: Train, channels: int, *, slow: bool = False) -> Bundle:
         EntityHistory(entity, first.timestamps_ms, readings)
         for entity, readings in zip(first.entities, values, strict=True)
     )
-    history = History(names, entities, ())
-    return train(
-        history,
-        period_ms=_PERIOD_MS,
-        name="bench",
-        steps=20,
-        evaluate_every=20,
-        network_weight=0.5,
-        slow_scorers=get_args(SlowScorer) if slow else (),
-    )
+    settings = {"name": "bench", "steps": 20, "evaluate_every": 20, "network_weight": 0.5}
+    return train(History(names, entities, ()), period_ms=_PERIOD_MS, **settings)
 
 
 def one_core() -> dict[str, str]:
@@ -441,7 +429,7 @@ def slow_windows_per_second(bundle: Bundle) -> list[Record]:
     from tsdiff.detector import Detector  # noqa: PLC0415 - loads JAX
 
     rates = []
-    for scorer in (name for name in bundle.manifest.scorers if name in get_args(SlowScorer)):
+    for scorer in (name for name in bundle.manifest.scorers if name in SLOW_SCORERS):
         detector = cast(Scorer, Detector(bundle, shapes=(_SLOW,), scorer=scorer))
         call = workload(detector, *_SLOW, MISSING[0])
         taken = timed(lambda d=detector, c=call: d.detect(**c), 0.0)  # type: ignore[misc]

@@ -44,8 +44,7 @@ def _combined(sample: Array, knots: Array, slope: Array, reader: Reader) -> Arra
     """Combine the evidence of streams (N, C) as each scorer does, (J, N - CUSUM_BEHIND)."""
     evidence = calibration.stream_evidence(sample[None], knots[None], slope[None])
     network = reader.network is not None
-    names = calibration.SCORERS if reader.slow is None else (reader.slow,)
-    combined = [calibration.combine(evidence, name, network=network) for name in names]
+    combined = [calibration.combine(evidence, name, network=network) for name in reader.scorers]
     return calibration.add_cusum(jnp.concatenate(combined))
 
 

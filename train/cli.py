@@ -94,7 +94,7 @@ def train(
         network=NetworkConfig() if network else None,
         steps=steps,
         max_minutes=max_minutes,
-        slow_scorers=tuple(dict.fromkeys(scorer or ())),
+        slow_scorers=tuple(scorer or ()),
     )
     console = Console(stderr=True)
     history = load_history(data, period_ms=period_ms, part=part, rate=tuple(rate or ()))

@@ -1,9 +1,8 @@
 """Settings of training, beside the model's own."""
 
 from dataclasses import dataclass, field
-from typing import get_args
 
-from tsdiff.config import DiffusionConfig, ModelConfig, NetworkConfig, SlowScorer
+from tsdiff.config import SLOW_SCORERS, DiffusionConfig, ModelConfig, NetworkConfig
 from tsdiff.errors import ConfigError
 
 
@@ -40,10 +39,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for scorer in self.slow_scorers:
-            if scorer not in (known := get_args(SlowScorer)):
+            if scorer not in SLOW_SCORERS:
                 raise ConfigError(
-                    f"expected slow scorers of {', '.join(known)}, got {scorer!r}; bundles are "
-                    "calibrated for the others anyway"
+                    f"expected slow scorers of {', '.join(SLOW_SCORERS)}, got {scorer!r}; "
+                    "bundles are calibrated for the others anyway"
                 )
         if not 0.05 <= self.held_out <= 0.5:
             raise ConfigError(f"expected 0.05 <= held_out <= 0.5, got {self.held_out}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from train.metrics import (
 )
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS, evidence_threshold
-from tsdiff.config import Adapt, NetworkConfig, SlowScorer
+from tsdiff.config import SLOW_SCORERS, Adapt, NetworkConfig
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError
 from tsdiff.history import History
@@ -38,7 +38,7 @@ from tsdiff.series import SHAPES, score_series
 from tsdiff.types import FloatArray
 from tsdiff.windows import extended
 
-SLOW = {f"tsdiff-{name}": name for name in get_args(SlowScorer)}
+SLOW = {f"tsdiff-{name}": name for name in SLOW_SCORERS}
 """Our slow scorers, run by name only."""
 _FAST = {"tsdiff": SCORERS[0], **{f"tsdiff-{name}": name for name in SCORERS[1:]}}
 OURS = {**_FAST, **SLOW}

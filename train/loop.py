@@ -195,7 +195,8 @@ def _assemble(
     arrays["season"] = dataset.season
     arrays["runs.longest"] = dataset.longest
     tables = {SCORERS[0]: fitted.calibration}
-    for scorer in config.slow_scorers:
+    slow = tuple(dict.fromkeys(config.slow_scorers))
+    for scorer in slow:
         tables[scorer] = calibrate(model, dataset, replace(reader, slow=scorer)).calibration
     for scorer, found in tables.items():
         for name, table in found._asdict().items():
@@ -223,7 +224,7 @@ def _assemble(
         network=None if kept is None else config.network,
         network_weight=reader.network_weight,
         network_unexplained=reader.unexplained,
-        scorers=(*SCORERS, *config.slow_scorers),
+        scorers=(*SCORERS, *slow),
         training=training,
         fingerprint=dataset.fingerprint,
         metrics=metrics,

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tsdiff.anchor import refit_anchor
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS, tables_of
-from tsdiff.config import MOST_FULL, Adapt
+from tsdiff.config import MOST_FULL, SLOW_SCORERS, Adapt
 from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
@@ -68,7 +68,7 @@ class Adaptation(ABC):
         # as they are.
         self._usual = np.asarray(fitted.knots[:, 0, : min(fitted.neutral.shape[1], 2), -1])
         # What is calm depends on whose streams are asked.
-        asked = "" if scorer in SCORERS else f":{scorer}"
+        asked = f":{scorer}" if scorer in SLOW_SCORERS else ""
         self.key = f"{type(self).__name__.lower()}:{bundle.version}{asked}"
         self._clip = bundle.manifest.model.clip
         self._mean = np.asarray(bundle.arrays["moments.mean"], np.float32)

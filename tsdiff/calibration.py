@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from tsdiff.config import FastScorer
+from tsdiff.config import SLOW_SCORERS, FastScorer
 from tsdiff.types import FloatArray
 
 SCORERS = get_args(FastScorer)
@@ -85,7 +85,7 @@ class Calibration(NamedTuple):
 
 def array_name(scorer: str, table: str) -> str:
     """Name of a scorer's table, one of `Calibration`'s fields, among the arrays of a bundle."""
-    return ".".join(("calibration", *(() if scorer in SCORERS else (scorer,)), table))
+    return f"calibration.{scorer}.{table}" if scorer in SLOW_SCORERS else f"calibration.{table}"
 
 
 def tables_of(arrays: Mapping[str, NDArray[np.generic]], scorer: str) -> Calibration:
@@ -173,7 +173,7 @@ def combine(
     counts only where it is surer by far. A slow scorer has one stream, and a time scale says more
     than another where it is surer.
     """
-    if scorer not in SCORERS:
+    if scorer in SLOW_SCORERS:
         return evidence.max(-1)
     largest = reduce(jnp.maximum, jnp.split(evidence, evidence.shape[-1] // 4, -1))
     reconstruction, density, forecast, imputation = (largest[..., stream] for stream in range(4))

@@ -1,7 +1,7 @@
 """Frozen settings of the model. They are stored in the bundle; nothing here is read at run time."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from tsdiff.errors import ConfigError
 
@@ -10,6 +10,7 @@ SlowScorer = Literal["crps", "elbo", "score-norms", "flow"]
 Scorer = Literal[FastScorer, SlowScorer]
 """Readings of the model: all bundles are calibrated for the fast ones (`tsdiff.scorers`; the first
 is the default), for a slow one (`tsdiff.slow`) those that were trained with it."""
+SLOW_SCORERS: Final = get_args(SlowScorer)
 Adapt = Literal["auto", "none", "level", "full"]
 """What an entity goes on learning (`tsdiff.adapt`)."""
 MOST_FULL = 1000

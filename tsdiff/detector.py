@@ -23,7 +23,7 @@ from tsdiff import calibration, scorers
 from tsdiff.adapt import make_adaptation
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import Calibration
-from tsdiff.config import Adapt, ModelConfig, Scorer
+from tsdiff.config import SLOW_SCORERS, Adapt, ModelConfig, Scorer
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.normalize import Statistics, denormalize, normalize, running_statistics
 from tsdiff.reading import Model, Reader, build_model, read_spans
@@ -230,9 +230,9 @@ class Detector:
             )
             self._longest = np.asarray(bundle.arrays["runs.longest"], np.int32)
             fitted = calibration.tables_of(bundle.arrays, scorer)
-            slow = scorer not in calibration.SCORERS
-            of_lag = calibration.LAGS.index(lag)
-            of_scorer = 0 if slow else calibration.SCORERS.index(scorer)
+            slow = scorer if scorer in SLOW_SCORERS else None
+            self._model, self._reader = build_model(bundle, slow)
+            of_lag, of_scorer = calibration.LAGS.index(lag), self._reader.scorers.index(scorer)
             # Tables of a lag with few scales are as wide as those of one with many.
             columns = fitted.neutral.shape[1] * (1 + len(scorers.scales(self._config, lag).each))
             self._tables = Tables(
@@ -245,7 +245,6 @@ class Detector:
                 jnp.asarray(_float(bundle, "band_scale")),
                 jnp.asarray(_float(bundle, "season")),
             )
-            self._model, self._reader = build_model(bundle, scorer if slow else None)
             self.adaptation = make_adaptation(adapt, bundle, self._model, scorer)
             if self.adaptation is not None:
                 self._model = self.adaptation.start(self._model)

@@ -29,6 +29,7 @@ from tsdiff.anchor import (
     whiten,
 )
 from tsdiff.bundle import Bundle
+from tsdiff.calibration import SCORERS
 from tsdiff.config import ModelConfig
 from tsdiff.precondition import denoised
 from tsdiff.scorers import Readings, Told
@@ -146,6 +147,11 @@ class Reader:
     unexplained: float = 1.0
     slow: str | None = None
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Those that read it in this way, and so share tables (`Calibration`), in their order."""
+        return SCORERS if self.slow is None else (self.slow,)
+
 
 def build_model(bundle: Bundle, slow: str | None = None) -> tuple[Model, Reader]:
     """Prepare the bundle's model. Flax is imported only if the bundle has a network.
@@ -214,17 +220,18 @@ def _read(
     span = slots - config.window + 1
     entity = jnp.repeat(jnp.arange(entities), span)
     end = jnp.tile(jnp.arange(span), entities) + config.window
+    plain = None if reader.slow is None else anchor.clean.anchor()
 
     def read(index: tuple[Array, Array]) -> Readings:
         of, stop = index
         window = gather(z, of, stop - config.window, config.window)
         observed = jnp.isfinite(window)
         x = jnp.where(observed, window, 0.0)
-        forecast = _forecast(anchor, x, observed, config, missing)
         imputed = _impute(anchor, params, x, observed, rows[of], reader, missing)
-        if reader.slow is not None:
-            denoise = _denoiser(anchor.clean.anchor(), params, rows[of], reader)
-            return scorers.told(slow.read(reader.slow, denoise, window), observed, imputed)
+        if reader.slow is not None and plain is not None:
+            denoise = _denoiser(plain, params, rows[of], reader)
+            return scorers.read_slow(slow.read(reader.slow, denoise, window), observed, imputed)
+        forecast = _forecast(anchor, x, observed, config, missing)
         return scorers.read(
             anchor.noisy(config.sigma),
             x,

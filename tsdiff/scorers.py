@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from tsdiff import anchor, slow
+from tsdiff import anchor
 from tsdiff.anchor import Whitened
 from tsdiff.config import ModelConfig
 
@@ -92,15 +92,17 @@ def read(
     )
 
 
-def told(found: slow.Told, observed: Bool[Array, "B L D"], imputed: Told) -> Readings:
-    """Put what a slow scorer has `found` in the place of all streams.
+def read_slow(
+    cells: Float[Array, "B D"], observed: Bool[Array, "B L D"], imputed: Told
+) -> Readings:
+    """Put a slow scorer's evidence of the last slots' `cells` in the place of all streams.
 
-    Its evidence says whose fault it is, too: `surprise` is the root, since shares are of squares.
+    It says whose fault it is, too: `surprise` is the root, since shares are of squares.
     """
-    coverage = observed[:, -1].mean(-1)
-    return Readings(
-        found.stream[:, None], coverage[:, None], imputed.mean, imputed.sd, jnp.sqrt(found.cells)
-    )
+    arrived = observed[:, -1]
+    stream = cells.sum(-1) / jnp.maximum(arrived.sum(-1), 1)
+    coverage = arrived.mean(-1)
+    return Readings(stream[:, None], coverage[:, None], imputed.mean, imputed.sd, jnp.sqrt(cells))
 
 
 def _reconstruction(

@@ -202,7 +202,12 @@ def test_missing_keys_are_named_with_the_way_to_set_them(tmp_path: Path) -> None
         ("grid.period", "0s", "expected a duration longer than nothing"),
         ("grid.lateness", 10, "expected a duration with its unit, such as 60s or 5m, got 10"),
         ("grid.lateness", "-5s", "expected a duration"),
-        ("detect.scorer", "best", "'crps', 'elbo', 'score-norms' or 'flow', got 'best'"),
+        (
+            "detect.scorer",
+            "best",
+            "expected 'hybrid', 'reconstruction', 'density', 'crps', 'elbo', 'score-norms' or "
+            "'flow', got 'best'",
+        ),
         ("detect.lag", 2, "expected 0, 3, 7 or 15, got 2"),
         ("detect.adapt", "fast", "expected 'auto', 'none', 'level' or 'full', got 'fast'"),
         ("metrics.listen", "9464", "expected host:port such as 127.0.0.1:9464"),
