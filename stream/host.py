@@ -8,7 +8,7 @@ whatever it does later for the first time is news to the model, and is meant to 
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import ModuleType
@@ -34,8 +34,8 @@ from tsdiff.history import EntityHistory, History
 
 PERIOD_MS: Final = 1000
 ENTITY: Final = "this-machine"
-# Three windows of 64 slots are what training asks for; some more, since a second may be missed.
-LEARN_LEAST_MS: Final = 220 * PERIOD_MS
+# Three windows of 64 slots are what training asks for; some more, since one may be missed.
+LEARN_LEAST_SLOTS: Final = 220
 # One false alarm an hour: what minutes of learning know of the tails does not reach to a week.
 FALSE_ALARMS_PER_WEEK: Final = 7 * 24.0
 _CLOCK: Final = "%H:%M:%S"
@@ -147,27 +147,30 @@ _UNITS: Final = {
 
 
 class _Ticks:
-    """Wakes once a second, in the middle of the slot, so that no second gets two samples."""
+    """Wakes once a slot, in the middle of it, so that none gets two samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, period_ms: int) -> None:
+        self._period_ms = period_ms
         self._last = 0
 
     def wait(self, stopping: threading.Event) -> int:
-        """Sleep until the next slot; return its time. Seconds slept through are left out."""
-        now = time.time()
+        """Sleep until the next slot; return its time in ms. Slots slept through are left out."""
+        now = 1000.0 * time.time() / self._period_ms
         self._last = max(self._last + 1, int(now + 0.5))
-        stopping.wait(max(0.0, self._last + 0.5 - now))
-        return self._last * PERIOD_MS
+        stopping.wait(max(0.0, self._last + 0.5 - now) * self._period_ms / 1000.0)
+        return self._last * self._period_ms
 
 
-def learn(sampler: HostSampler, seconds: int, screen: Screen, console: Console) -> History:
-    """Sample for so many seconds, behind a progress bar."""
-    stopping, ticks = threading.Event(), _Ticks()
+def learn(
+    sampler: HostSampler, slots: int, period_ms: int, screen: Screen, console: Console
+) -> History:
+    """Sample so many slots, behind a progress bar."""
+    stopping, ticks = threading.Event(), _Ticks(period_ms)
     names = tuple(sampler.channels)
     timestamps_ms, values = [], []
     screen.say(
-        f"learning what this machine does for {seconds} s, {len(names)} channels a second; "
-        "Ctrl-C ends"
+        f"learning what this machine does for {slots * period_ms / 1000:g} s, {len(names)} "
+        f"channels every {period_ms / 1000:g} s; Ctrl-C ends"
     )
     progress = Progress(
         TextColumn("learning"),
@@ -177,8 +180,8 @@ def learn(sampler: HostSampler, seconds: int, screen: Screen, console: Console) 
         disable=not console.is_terminal,
     )
     with progress:
-        task = progress.add_task("learning", total=seconds)
-        for _ in range(seconds):
+        task = progress.add_task("learning", total=slots)
+        for _ in range(slots):
             timestamps_ms.append(ticks.wait(stopping))
             found = sampler.sample()
             values.append([found.get(name, np.nan) for name in names])
@@ -188,15 +191,18 @@ def learn(sampler: HostSampler, seconds: int, screen: Screen, console: Console) 
 
 
 class HostFeeder(ReadingsThread):
-    """Sends a sample a second until it is told to stop."""
+    """Sends a sample a slot until it is told to stop."""
 
-    def __init__(self, broker: EmbeddedBroker, topic: str, sampler: HostSampler) -> None:
+    def __init__(
+        self, broker: EmbeddedBroker, topic: str, sampler: HostSampler, period_ms: int
+    ) -> None:
         super().__init__(broker, topic)
         self._sampler = sampler
+        self._period_ms = period_ms
 
     def feed(self) -> None:
         """Sample and send."""
-        ticks = _Ticks()
+        ticks = _Ticks(self._period_ms)
         while not self._stopping.is_set():
             at_ms = ticks.wait(self._stopping)
             self.send(ENTITY, at_ms, self._sampler.sample())
@@ -233,6 +239,7 @@ def run_host(
     *,
     listen: str = "",
     learn_ms: int = 300_000,
+    period_ms: int = PERIOD_MS,
     console: Console | None = None,
     watch_seconds: float | None = None,
 ) -> Record:
@@ -242,6 +249,7 @@ def run_host(
         train: training, as the console script hands it in.
         listen: address of /metrics, another port is taken where it is not free; empty = off.
         learn_ms: how long to learn before watching.
+        period_ms: how often the machine is read.
         console: where everything is shown; None = standard output.
         watch_seconds: end by itself after so long; None = never.
 
@@ -250,9 +258,10 @@ def run_host(
         TsdiffError: a package of the extra `demo` is missing, or a part failed.
 
     """
-    if learn_ms < LEARN_LEAST_MS:
+    least_ms = LEARN_LEAST_SLOTS * period_ms
+    if learn_ms < least_ms:
         raise ConfigError(
-            f"expected at least {LEARN_LEAST_MS // 1000}s to learn from, got {learn_ms / 1000:g}s; "
+            f"expected at least {least_ms / 1000:g}s to learn from, got {learn_ms / 1000:g}s; "
             "give a longer --learn"
         )
     if listen:
@@ -265,10 +274,11 @@ def run_host(
     board = Board(sampler.channels, _CLOCK)
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         broker = stack.enter_context(EmbeddedBroker())
-        history = learn(sampler, learn_ms // PERIOD_MS, screen, console)
+        history = learn(sampler, learn_ms // period_ms, period_ms, screen, console)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tsdiff-host-")))
         with screen.stage("training on it"):
-            _make_bundle(train, history, tuple(sampler.channels.values()), folder / "bundle")
+            units = tuple(sampler.channels.values())
+            _make_bundle(train, history, period_ms, units, folder / "bundle")
         with screen.stage("compiling the model"):
             model = compiled_model(folder / "bundle", 1)
         config = service_config(
@@ -281,7 +291,7 @@ def run_host(
         )
         broker.create_topics(config)
         service = stack.enter_context(EmbeddedService(config, model, screen.say))
-        feeder = stack.enter_context(HostFeeder(broker, config.input.topic, sampler))
+        feeder = stack.enter_context(HostFeeder(broker, config.input.topic, sampler, period_ms))
         reader = stack.enter_context(closing(OutputsReader(broker, config.outputs)))
         screen.say("watching until Ctrl-C; a score of 1 is as rare as once an hour")
         _watch(board, reader, service, feeder, screen, sampler.channels, watch_seconds)
@@ -289,10 +299,12 @@ def run_host(
     return {"scores": board.scores, "alerts": [episode.as_json() for episode in board.episodes]}
 
 
-def _make_bundle(train: Train, history: History, units: Sequence[str], path: Path) -> None:
-    settings: dict[str, Any] = {"name": "host", "units": tuple(units), "network": None}
+def _make_bundle(
+    train: Train, history: History, period_ms: int, units: tuple[str, ...], path: Path
+) -> None:
+    settings: dict[str, Any] = {"name": "host", "units": units, "network": None}
     # A third is held out: of five minutes that is what calibration can live on.
-    save_bundle(train(history, period_ms=PERIOD_MS, held_out=0.33, **settings), path)
+    save_bundle(train(history, period_ms=period_ms, held_out=0.33, **settings), path)
 
 
 def _watch(
@@ -337,4 +349,4 @@ def _farewell(board: Board) -> str:
         return "stopped before the first score"
     share = sum(episode.end_ms is None for episode in board.episodes)
     still = f", {share} of them still on" if share else ""
-    return f"{board.scores} seconds scored, {len(board.episodes)} alerts{still}"
+    return f"{board.scores} slots scored, {len(board.episodes)} alerts{still}"

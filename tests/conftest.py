@@ -49,11 +49,15 @@ def _restored_logging() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the fixtures they use, so that `-m "not kafka"` needs no bookkeeping."""
+    """Mark tests by the fixtures they use, so that `-m "not kafka"` needs no bookkeeping.
+
+    Slow ones come first, and with them their files: a long one begun last would be waited for.
+    """
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in MARKED_BY_FIXTURE:
                 item.add_marker(MARKED_BY_FIXTURE[fixture])
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def unavailable(reason: str) -> NoReturn:

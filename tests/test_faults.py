@@ -15,6 +15,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("kafka")  # so that it skips where no broker can be had
 def test_faults_lose_nothing_and_repeat_nothing() -> None:

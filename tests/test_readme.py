@@ -82,6 +82,7 @@ def test_the_scrape_configuration_is_valid(promtool: str) -> None:
     subprocess.run([promtool, "check", "config", str(config)], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("kafka")  # so that it skips where no broker can be had
 def test_the_quickstart_works(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_at_least_once_loses_nothing(
     assert worker.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_broker_that_goes_away_and_comes_back(
     small_bundle: SmallBundle, reference: Scores, tmp_path: Path, kafka: str
 ) -> None:
