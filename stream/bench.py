@@ -456,13 +456,14 @@ def learning_seconds_per_slot(scorer: Scorer) -> float:
     if adaptation is None:
         return 0.0
     one = workload(scorer, 1, adaptation.context + adaptation.block, "complete")
-    calm = np.arange(adaptation.context + adaptation.block) >= adaptation.context
+    weights = np.ones(adaptation.context + adaptation.block, np.float32)
+    weights[: adaptation.context] = 0.0
     values, times, mean, scale = (one[name][0] for name in ("values", "slots", "mean", "scale"))
-    values, times = values[-len(calm) :], times[-len(calm) :]
+    values, times = values[-len(weights) :], times[-len(weights) :]
     single = workload(scorer, 1, 1, "complete")
 
     def learn() -> None:
-        state = adaptation.learn(0, None, values, times, calm, mean, scale)
+        state = adaptation.learn(0, None, values, times, weights, mean, scale)
         scorer.detect(**single, states=[state])
 
     more = timed(learn, 1.0) - timed(lambda: scorer.detect(**single), 1.0)

@@ -208,7 +208,7 @@ class PartitionBuffer:
         start = len(self.entities)
         grown("_ring", (grid.ring, grid.channels), np.float32, np.nan)
         grown("_counters", (grid.ring, len(grid.counters)), np.float64, np.nan)
-        grown("_calm", (grid.ring if grid.block else 0,), np.bool_, False)
+        grown("_weights", (grid.ring if grid.block else 0,), np.float32, 0.0)
         grown("_history", (grid.history, grid.streams), np.float32, np.nan)
         grown("_mean", (grid.channels,), np.float32, 0.0)
         grown("_scale", (grid.channels,), np.float32, 1.0)
@@ -231,8 +231,8 @@ class PartitionBuffer:
     _ring: Float32 = field(init=False, repr=False)
     # Counters as they were read; in `_ring` they are rates as soon as their slot closes.
     _counters: NDArray[np.float64] = field(init=False, repr=False)
-    # Slots by ring position whose readings may be learned from.
-    _calm: NDArray[np.bool_] = field(init=False, repr=False)
+    # How much the slots by ring position teach.
+    _weights: Float32 = field(init=False, repr=False)
     _history: Float32 = field(init=False, repr=False)
     _mean: Float32 = field(init=False, repr=False)
     _scale: Float32 = field(init=False, repr=False)
@@ -262,7 +262,7 @@ class PartitionBuffer:
         known = model_row >= 0
         self._ring[row] = np.nan
         self._counters[row] = np.nan
-        self._calm[row] = False
+        self._weights[row] = 0.0
         self._history[row] = np.nan
         self._mean[row], self._scale[row] = self.profiles.statistics(model_row)
         self._gap[row] = self._still[row] = 0
@@ -782,8 +782,9 @@ class PartitionBuffer:
         if learner is None:
             return
         at = (span.first_slot + grid.lag + np.arange(streams.shape[1])) % grid.ring
-        # Past a row's own length streams are NaN, which is not calm; the rest will say more.
-        self._calm[span.rows[:, None], at] = learner.calm(streams, span.model_rows, span.states)
+        # Past a row's own length streams are NaN, which teaches nothing; the rest will say more.
+        found = learner.weights(streams, span.model_rows, span.states)
+        self._weights[span.rows[:, None], at] = found
         for row, length in zip(span.rows.tolist(), span.lengths.tolist(), strict=True):
             self._learn(row, span.first_slot + length - 1)
 
@@ -795,14 +796,14 @@ class PartitionBuffer:
         newest = slot + grid.lag
         slots = np.arange(newest - grid.block - grid.context + 1, newest + 1)
         at = slots % grid.ring
-        calm = self._calm[row, at]
-        calm[: grid.context] = False
+        weights = self._weights[row, at]
+        weights[: grid.context] = 0.0
         state = pupil.learner.learn(
             int(self._model_row[row]),
             pupil.state,
             self._ring[row, at],
             slots,
-            calm,
+            weights,
             self._mean[row],
             self._scale[row],
         )
@@ -834,7 +835,7 @@ class PartitionBuffer:
         self._ring[:, old] = np.nan
         self._counters[:, old] = np.nan
         if grid.block:
-            self._calm[:, old] = False
+            self._weights[:, old] = 0.0
         for row in rows[self._silent[rows] > grid.ttl_slots].tolist():
             name, ring = self.entity(row).name, self._ring[row].copy()
             counters = self._counters[row].copy()

@@ -49,10 +49,10 @@ class Learner(Protocol):
     def phase(self, entity: str) -> int:
         """Block k of an entity holds the slots from k * block - phase on."""
 
-    def calm(
+    def weights(
         self, streams: Float32, rows: NDArray[np.int32], states: Sequence[Float32 | None]
-    ) -> NDArray[np.bool_]:
-        """Which slots (E, T) are usual enough to be learned from."""
+    ) -> Float32:
+        """How much each slot (E, T) teaches, 0 to 1."""
 
     def learn(
         self,
@@ -60,7 +60,7 @@ class Learner(Protocol):
         state: Float32 | None,
         values: Float32,
         slots: NDArray[np.int64],
-        calm: NDArray[np.bool_],
+        weights: Float32,
         mean: Float32,
         scale: Float32,
     ) -> Float32:

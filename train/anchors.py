@@ -44,7 +44,7 @@ def rank_of(model: ModelConfig, channels: int, slots: int) -> int:
 
 def sums_of(series: FloatArray, model: ModelConfig) -> Sums:
     """What a series (N, D) adds to the moments, all of its slots alike."""
-    return lag_sums(series, model.window, np.ones(len(series), bool))
+    return lag_sums(series, model.window, np.ones(len(series), np.float32))
 
 
 def fit_to(

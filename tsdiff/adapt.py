@@ -3,14 +3,18 @@
 
 `learn` turns the state of one entity and a block of its slots into its next state. States are
 float32 vectors that nobody changes, None before the first block; so the same blocks give the same
-states, live, in a backfill and after a restart. Only calm slots teach, and what they taught fades
-by half in `HALF_LIFE` of them (exponential forgetting).
+states, live, in a backfill and after a restart. Calm slots teach, others next to nothing, and what
+was taught fades by half in `HALF_LIFE` of them (exponential forgetting).
 
-Calm is what is as usual as most of the held-out slots were. Where that hardly ever happens any
-more, normal has changed, and who waited for the old one to come back would never learn the new one.
-So the limit widens while fewer than `_CALM_SHARE` of the slots are calm, and narrows while more
-are, down to where it began: the online update of adaptive conformal inference (Gibbs & Candes 2021,
-arXiv:2106.00170, eq. 2), in the limit's logarithm.
+Calm is what is as usual as most of the held-out slots were. Beyond this limit a slot counts for
+less the stranger it is, as in M-estimation: Huber's weight, limit / evidence (Huber 1964, Annals of
+Mathematical Statistics 35), to the power of `_DOUBT`. So a fault teaches nothing, and a normal that
+is a little stranger than it was is learned at once.
+
+Where hardly anything is calm any more, normal has changed by more, and who waited for the old one
+to come back would never learn the new one. So the limit widens while fewer than `_CALM_SHARE` of
+the slots are calm, and narrows while more are, down to where it began: the online update of
+adaptive conformal inference (Gibbs & Candes 2021, arXiv:2106.00170, eq. 2), in its logarithm.
 """
 
 import zlib
@@ -21,7 +25,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from tsdiff.anchor import refit_anchor
@@ -32,12 +36,13 @@ from tsdiff.moments import Moments, lag_sums
 from tsdiff.normalize import normalize
 from tsdiff.reading import Model, Whitenings, whitenings
 from tsdiff.season import harmonics, means_of_slots
-from tsdiff.types import BoolArray, DoubleArray, FloatArray, IntArray
+from tsdiff.types import DoubleArray, FloatArray, IntArray
 
 # Beside `MOST_FULL` entities, so many channels: 640 KB of state alone.
 _MOST_CHANNELS = 100
 HALF_LIFE = 5000.0
 _SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
+_DOUBT = 12.0  # a slot stranger than the limit by a half counts as 1/128, by 1/16 as a half
 _CALM_SHARE = 0.25
 # Of the limit's logarithm, a slot: where nothing is calm it doubles in 4,000 slots. In half of that
 # faults of half a day were learned (SMD).
@@ -95,16 +100,23 @@ class Adaptation(ABC):
         """
         return zlib.crc32(entity.encode("utf-8", "surrogatepass")) % self.block
 
-    def calm(
+    def weights(
         self,
         streams: Float[FloatArray, "E T S"],
         rows: IntArray,
         states: Sequence[FloatArray | None],
-    ) -> Bool[NDArray[np.bool_], "E T"]:
-        """Which slots are usual enough to be learned from: as 98 % of held-out ones, or of late."""
+    ) -> Float[FloatArray, "E T"]:
+        """How much each slot teaches: 1 where it is calm, less beyond the limit.
+
+        In steps of 1/256, so that the last bit of an evidence hardly ever changes what is learned.
+        """
         wider = np.array([0.0 if state is None else state[-1] for state in states], np.float32)
         usual = (self._usual[rows] * np.exp(wider)[:, None])[:, None, :]
-        return np.asarray((streams[..., : usual.shape[-1]] <= usual).all(-1))
+        # Not a number: nothing was read.
+        evidence = np.nan_to_num(streams[..., : usual.shape[-1]], nan=np.inf)
+        share = np.divide(usual, evidence, out=np.ones_like(evidence), where=evidence > usual)
+        weights = share.min(-1) ** _DOUBT
+        return np.asarray(np.round(256.0 * weights) / 256.0, np.float32)
 
     def learn(
         self,
@@ -112,27 +124,27 @@ class Adaptation(ABC):
         state: FloatArray | None,
         values: Float[FloatArray, "M D"],
         slots: Int[NDArray[np.int64], " M"],
-        calm: Bool[NDArray[np.bool_], " M"],
+        weights: Float[FloatArray, " M"],
         mean: Float[FloatArray, " D"],
         scale: Float[FloatArray, " D"],
     ) -> FloatArray:
         """Return the state after M - `context` slots of raw `values`, NaN = missing.
 
-        The `context` slots before them come first, and are not `calm`.
+        The `context` slots before them come first, and have no weight.
         """
-        weights = self._season[row]
-        basis = harmonics(slots, self._period_ms, len(weights))
-        centre = means_of_slots(mean, scale, weights, basis)
+        season = self._season[row]
+        basis = harmonics(slots, self._period_ms, len(season))
+        centre = means_of_slots(mean, scale, season, basis)
         z = np.asarray(normalize(values, centre, scale, self._clip), np.float32)
         seen = np.count_nonzero(np.isfinite(z[self.context :]).any(1))
         wider = 0.0 if state is None else float(state[-1])
-        wider += _WIDENING * (_CALM_SHARE * seen - np.count_nonzero(calm))
-        learned = self._learn(row, None if state is None else state[:-1], z, calm)
+        wider += _WIDENING * (_CALM_SHARE * seen - np.count_nonzero(weights == 1.0))
+        learned = self._learn(row, None if state is None else state[:-1], z, weights)
         return np.append(learned, np.float32(max(wider, 0.0)))
 
     @abstractmethod
     def _learn(
-        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+        self, row: int, state: FloatArray | None, z: FloatArray, weights: FloatArray
     ) -> FloatArray:
         """Return the next state; neither has the last number."""
 
@@ -161,14 +173,14 @@ class Level(Adaptation):
         self.context, self.size = 0, len(bundle.channels) + 1
 
     def _learn(
-        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+        self, row: int, state: FloatArray | None, z: FloatArray, weights: FloatArray
     ) -> FloatArray:
         before = np.zeros(self.size - 1, np.float32) if state is None else state
-        off = z[calm] - self._mean[self._anchor_row(row)] - before
-        seen = np.isfinite(off)
-        count = seen.sum(0)
-        off = np.clip(np.where(seen, off, 0.0), -_FURTHEST, _FURTHEST)
-        step = off.sum(0) / np.maximum(count, 1)
+        off = z - self._mean[self._anchor_row(row)] - before
+        weight = np.where(np.isfinite(off), weights[:, None], 0.0)
+        count = weight.sum(0)
+        off = np.clip(np.nan_to_num(off), -_FURTHEST, _FURTHEST)
+        step = (weight * off).sum(0) / np.where(count > 0, count, 1.0)
         return np.asarray(before + (1.0 - 0.5 ** (count / HALF_LIFE)) * step, np.float32)
 
     def prepare(
@@ -239,10 +251,10 @@ class Full(Adaptation):
         return Moments(wide[: self._channels], lags)
 
     def _learn(
-        self, row: int, state: FloatArray | None, z: FloatArray, calm: BoolArray
+        self, row: int, state: FloatArray | None, z: FloatArray, weights: FloatArray
     ) -> FloatArray:
-        old, sums = self.moments_of(row, state), lag_sums(z, self._config.window, calm)
-        taught = float(np.count_nonzero(calm))
+        old, sums = self.moments_of(row, state), lag_sums(z, self._config.window, weights)
+        taught = float(weights.sum(dtype=np.float64))
         mean = _mixed(old.mean, sums.total, sums.number, taught)
         lags = _mixed(old.lags, sums.products, sums.pairs, taught)
         return np.concatenate([mean, lags.ravel()]).astype(np.float32)
@@ -287,7 +299,7 @@ def _mixed(old: DoubleArray, total: DoubleArray, number: DoubleArray, slots: flo
     """
     new = 1.0 - 0.5 ** (slots / HALF_LIFE)
     weight = new * np.minimum(number / max(_SELDOM * slots, 1.0), 1.0)
-    return np.asarray((1.0 - weight) * old + weight * total / np.maximum(number, 1.0))
+    return np.asarray((1.0 - weight) * old + weight * total / np.where(number > 0, number, 1.0))
 
 
 def make_adaptation(

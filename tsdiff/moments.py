@@ -9,8 +9,7 @@ of 1.5 MB, from L times as many pairs each.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
-from numpy.typing import NDArray
+from jaxtyping import Float
 
 from tsdiff.types import DoubleArray, FloatArray
 
@@ -47,7 +46,7 @@ class Moments(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over slots: total and number (D,), products and pairs (L, D, D)."""
+    """Weighted sums over slots: total and number (D,), products and pairs (L, D, D)."""
 
     total: DoubleArray
     number: DoubleArray
@@ -67,12 +66,12 @@ class Sums(NamedTuple):
 
 
 def lag_sums(
-    values: Float[FloatArray, "M D"], length: int, counted: Bool[NDArray[np.bool_], " M"]
+    values: Float[FloatArray, "M D"], length: int, weights: Float[FloatArray, " M"]
 ) -> Sums:
-    """Sums over the `counted` slots, each with the `length` - 1 slots before it, NaN left out."""
+    """Weighted sums over slots, each with the `length` - 1 slots before it, NaN left out."""
     observed = np.isfinite(values).astype(np.float32)
     filled = np.where(observed > 0, values, np.float32(0))
-    new, seen = filled * counted[:, None], observed * counted[:, None]
+    new, seen = filled * weights[:, None], observed * weights[:, None]
     channels = values.shape[1]
     products, pairs = np.zeros((2, length, channels, channels))
     for lag in range(min(length, len(values))):

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tsdiff.detector import Detection, Detector
-from tsdiff.types import BoolArray, FloatArray
+from tsdiff.types import FloatArray
 from tsdiff.windows import extended
 
 SHAPES = ((1, 256),)
@@ -40,7 +40,7 @@ def score_series(
     padded = np.full((before + len(values) + lag, values.shape[1]), np.nan, np.float32)
     padded[before : before + len(values)] = values
     slots = extended(numbers, before, lag)
-    calm: BoolArray = np.zeros(len(padded), bool)
+    weights = np.zeros(len(padded), np.float32)
     history = np.full((1, detector.history, detector.streams), np.nan, np.float32)
     state: FloatArray | None = None
     ends = [len(values)]
@@ -70,14 +70,14 @@ def score_series(
             whole[begin:end] = part[0]
         if adaptation is not None and learns:
             read = slice(before + begin + lag, before + end + lag)
-            calm[read] = adaptation.calm(found.streams, rows, [state])[0]
+            weights[read] = adaptation.weights(found.streams, rows, [state])[0]
             # Of what is known by now: `lag` slots more than are scored.
             taught = slice(max(read.stop - adaptation.block, 0), read.stop)
             context = slice(max(taught.start - adaptation.context, 0), read.stop)
-            usual = calm[context].copy()
-            usual[: taught.start - context.start] = False
+            teaching = weights[context].copy()
+            teaching[: taught.start - context.start] = 0.0
             state = adaptation.learn(
-                row, state, padded[context], slots[context], usual, mean, scale
+                row, state, padded[context], slots[context], teaching, mean, scale
             )
         begin = end
     if result is None:

@@ -27,7 +27,10 @@ class FakeDetection(NamedTuple):
 
 
 class FakeLearner:
-    """The state is a level, and how far neighbours go together; calm is below 3 and a bit of it."""
+    """The state is a level, and how far neighbours go together.
+
+    Slots of evidence below 3 and a bit of the level teach, others half as much.
+    """
 
     block = 6
     context = 1
@@ -41,13 +44,14 @@ class FakeLearner:
     def phase(self, entity: str) -> int:
         return len(entity) % self.block
 
-    def calm(
+    def weights(
         self, streams: Float32, rows: NDArray[np.int32], states: Sequence[Float32 | None]
-    ) -> NDArray[np.bool_]:
+    ) -> Float32:
         assert streams.shape[0] == len(rows) == len(states)
         levels = [0.0 if state is None else float(state[0]) for state in states]
-        usual: NDArray[np.bool_] = streams[..., 0] < 3 + 0.1 * np.array(levels)[:, None]
-        return usual
+        evidence = streams[..., 0]
+        usual = evidence < 3 + 0.1 * np.array(levels)[:, None]
+        return np.where(np.isnan(evidence), 0.0, np.where(usual, 1.0, 0.5)).astype(np.float32)
 
     def learn(
         self,
@@ -55,16 +59,16 @@ class FakeLearner:
         state: Float32 | None,
         values: Float32,
         slots: NDArray[np.int64],
-        calm: NDArray[np.bool_],
+        weights: Float32,
         mean: Float32,
         scale: Float32,
     ) -> Float32:
         assert values.shape == (self.block + self.context, 2)
-        assert not calm[: self.context].any()
+        assert not weights[: self.context].any()
         assert (np.diff(slots) == 1).all()
         known = np.nan_to_num((values - mean) / scale - _season(slots)).mean(1)
-        level = known[calm].sum()
-        together = (known[1:] * known[:-1])[calm[1:]].sum()
+        level = (weights * known).sum()
+        together = (weights[1:] * known[1:] * known[:-1]).sum()
         before = np.zeros(2, np.float32) if state is None else state
         return np.asarray(0.5 * before + 0.1 * np.array([level, together]) + row, np.float32)
 

@@ -41,10 +41,12 @@ def taught(
     calm: float = 1.0,
 ) -> np.ndarray:
     mean, scale = Detector(anchor_bundle(), shapes=SHAPES).statistics(0)
-    usual = np.arange(len(values)) < adaptation.context + calm * adaptation.block
-    usual[: adaptation.context] = False
+    weights = np.arange(len(values)) < adaptation.context + calm * adaptation.block
+    weights[: adaptation.context] = False
     for _ in range(times):
-        state = adaptation.learn(0, state, values, np.arange(len(values)), usual, mean, scale)
+        state = adaptation.learn(
+            0, state, values, np.arange(len(values)), weights.astype(np.float32), mean, scale
+        )
     assert state is not None
     return state
 
@@ -122,10 +124,12 @@ def test_calm_is_what_held_out_slots_were() -> None:
     assert adaptation is not None
     knots = np.asarray(anchor_bundle().arrays["calibration.knots"])[:, 0, :, -1]
     streams = np.zeros((2, 3, detector.streams), np.float32)
-    streams[0, 1, 0] = knots[0, 0] * 1.01
+    streams[0, 1, 0] = knots[0, 0] * 1.1
     streams[1, 2, 1] = np.nan
-    calm = adaptation.calm(streams, np.array([0, -1], np.int32), [None, None])
-    np.testing.assert_array_equal(calm, [[True, False, True], [True, True, False]])
+    weights = adaptation.weights(streams, np.array([0, -1], np.int32), [None, None])
+    np.testing.assert_array_equal(
+        weights, [[1.0, round(256 * 1.1**-12) / 256, 1.0], [1.0, 1.0, 0.0]]
+    )
 
 
 @pytest.mark.parametrize("kind", ["level", "full"])
@@ -138,8 +142,8 @@ def test_where_nothing_is_calm_its_limit_widens_and_then_narrows_again(kind: Ada
     streams = np.zeros((1, 2, knots.shape[1] // 2), np.float32)
     streams[0, :, 0] = knots[0, 0] * np.array([1.9, 2.1])
     row = np.array([0], np.int32)
-    assert adaptation.calm(streams, row, [wide]).tolist() == [[True, False]]
-    assert adaptation.calm(streams, row, [None]).tolist() == [[False, False]]
+    assert (adaptation.weights(streams, row, [wide]) == 1.0).tolist() == [[True, False]]
+    assert (adaptation.weights(streams, row, [None]) < 0.01).all()
     # A quarter of calm slots keeps it as it is, and with all of them it is soon what it was.
     assert taught(adaptation, values, 4, wide, calm=0.25)[-1] == pytest.approx(wide[-1], rel=1e-5)
     assert taught(adaptation, values, blocks // 3 + 1, wide)[-1] == 0.0
@@ -223,6 +227,20 @@ def test_a_slow_drift_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert late["none"] > 1.5
     assert late["level"] < 0.5 * late["none"]
     assert late["full"] < 0.5 * late["none"]
+
+
+def test_a_normal_a_little_beyond_the_limit_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is what every slot is like: with a gate at the limit nothing would be learned any more."""
+    monkeypatch.setattr(adapt, "HALF_LIFE", 200.0)
+    monkeypatch.setattr(adapt, "_WIDENING", 0.0)
+    values = simulate(8000, 0)
+    _, scale = Detector(anchor_bundle(), shapes=SHAPES).statistics(0)
+    values[1000:, 1] += 0.5 * scale[1]
+    assert np.median(scored("full", values)[-500:]) < 1.0
+    monkeypatch.setattr(adapt, "_DOUBT", 1e9)
+    assert np.median(scored("full", values)[-500:]) > 2.0
 
 
 @pytest.mark.parametrize("kind", ["level", "full"])

@@ -202,7 +202,7 @@ def test_the_hour_is_no_drift() -> None:
     state = None
     for day in range(DAYS):
         part = slice(evening + day * DAY, evening + day * DAY + level.block)
-        calm = np.arange(level.block) < level.block // 4
+        calm = (np.arange(level.block) < level.block // 4).astype(np.float32)
         state = level.learn(0, state, values[part], slots[part], calm, mean, scale)
     assert state is not None
     # 256 slots of half a life of 5,000, one standard deviation above the mean, would be 0.035.
