@@ -444,9 +444,8 @@ def _watch(
             for begun in follow(board, reader, service, feeder.check):
                 if first_score is None and board.judged:
                     first_score = time.time() - started_at
-                    screen.say(
-                        f"first score after {first_score:.1f} s; page and metrics at {service.url}"
-                    )
+                    where = f"; page and metrics at {service.url}" if service.url else ""
+                    screen.say(f"first score after {first_score:.1f} s{where}")
                 for episode in begun:
                     screen.say(alert_line(episode))
                 refresh()

@@ -42,7 +42,7 @@ from tsdiff.types import DoubleArray, FloatArray, IntArray
 _MOST_CHANNELS = 100
 HALF_LIFE = 5000.0
 _SELDOM = 0.1  # share of the calm slots below which a pair of cells was hardly seen
-_DOUBT = 12.0  # a slot stranger than the limit by a half counts as 1/128, by 1/16 as a half
+_DOUBT = 12.0  # beyond the limit a slot counts for half with every sixteenth
 _CALM_SHARE = 0.25
 # Of the limit's logarithm, a slot: where nothing is calm it doubles in 4,000 slots. In half of that
 # faults of half a day were learned (SMD).
@@ -106,17 +106,18 @@ class Adaptation(ABC):
         rows: IntArray,
         states: Sequence[FloatArray | None],
     ) -> Float[FloatArray, "E T"]:
-        """How much each slot teaches: 1 where it is calm, less beyond the limit.
+        """How much each slot teaches: 1 where it is calm, less beyond the limit, 0 from twice on.
 
-        In steps of 1/256, so that the last bit of an evidence hardly ever changes what is learned.
+        In powers of two, so that the last bit of an evidence hardly ever changes what is learned.
         """
         wider = np.array([0.0 if state is None else state[-1] for state in states], np.float32)
         usual = (self._usual[rows] * np.exp(wider)[:, None])[:, None, :]
         # Not a number: nothing was read.
         evidence = np.nan_to_num(streams[..., : usual.shape[-1]], nan=np.inf)
         share = np.divide(usual, evidence, out=np.ones_like(evidence), where=evidence > usual)
-        weights = share.min(-1) ** _DOUBT
-        return np.asarray(np.round(256.0 * weights) / 256.0, np.float32)
+        least = share.min(-1)
+        halvings = np.ceil(-_DOUBT * np.log2(np.maximum(least, 0.5)))
+        return np.where(least > 0.5, np.exp2(-halvings), 0.0).astype(np.float32)
 
     def learn(
         self,

@@ -208,7 +208,7 @@ def test_what_cannot_be_read_has_a_reason(value: bytes, reason: str, said: str) 
     with pytest.raises(DecodeError) as refusal:
         decode_native(value)
     assert refusal.value.reason == reason
-    assert said in str(refusal.value)
+    assert said.lower() in str(refusal.value).lower()
     assert "expected" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     # It goes into a header of the dead letter, as UTF-8.

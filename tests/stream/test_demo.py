@@ -260,10 +260,13 @@ def test_the_demo_from_simulation_to_summary() -> None:
 
 def test_the_same_seed_gives_the_same_demo() -> None:
     plan = replace(SMALL, live_seconds=3.0, live_slots=240, kinds=("dead",))
+    console = shown()
     first, second = (
-        run_demo(train, console=shown(), plan=replace(plan, live_seconds=seconds))
+        run_demo(train, console=console, plan=replace(plan, live_seconds=seconds))
         for seconds in (2.0, 5.0)
     )
+    assert "first score after" in text_of(console)
+    assert "metrics at" not in text_of(console)  # nothing listens
     for key in ("details", "alerts", "scores", "readings", "readings_too_late"):
         assert first[key] == second[key]
 
