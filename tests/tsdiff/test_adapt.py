@@ -118,16 +118,18 @@ def test_scattered_gaps_do_not_make_moments_contradict_one_another() -> None:
     assert np.abs(correlation).max() < 1.05
 
 
-def test_calm_is_what_held_out_slots_were() -> None:
-    detector = Detector(anchor_bundle(), shapes=SHAPES, adapt="full")
-    adaptation = detector.adaptation
-    assert adaptation is not None
+def test_calm_is_what_held_out_slots_were_and_what_is_stranger_teaches_less() -> None:
+    adaptation = learner("full")
     knots = np.asarray(anchor_bundle().arrays["calibration.knots"])[:, 0, :, -1]
-    streams = np.zeros((2, 3, detector.streams), np.float32)
-    streams[0, 1, 0] = knots[0, 0] * 1.1
-    streams[1, 2, 1] = np.nan
-    weights = adaptation.weights(streams, np.array([0, -1], np.int32), [None, None])
-    np.testing.assert_array_equal(weights, [[1.0, 0.25, 1.0], [1.0, 1.0, 0.0]])
+    times = np.array([0.5, 1.0, 1.03, 1.1, 1.5, 2.0, np.inf, np.nan], np.float32)
+    weights = [1.0, 1.0, 0.5, 0.25, 2.0**-8, 0.0, 0.0, 0.0]
+    # By either of two streams; the others are not asked.
+    for stream, row in ((0, 0), (1, -1)):
+        streams = np.zeros((1, len(times), knots.shape[1] // 2), np.float32)
+        streams[..., 2:] = 1e6
+        streams[0, :, stream] = knots[row, stream] * times
+        found = adaptation.weights(streams, np.array([row], np.int32), [None])
+        np.testing.assert_array_equal(found, [weights])
 
 
 @pytest.mark.parametrize("kind", ["level", "full"])
