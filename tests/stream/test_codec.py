@@ -144,8 +144,8 @@ DEEP = b"[" * 100_000
         (message() + b"x", "not_json", "trailing"),
         (message().replace(b'"', b"'"), "not_json", "malformed"),
         (b"\xff\xfe\x00", "not_json", "malformed"),
-        (message(values='{"?": 1}').replace(b"?", b"\xff"), "not_json", "utf-8"),
-        (message(entity='"?"').replace(b"?", b"\xc3\x28"), "not_json", "utf-8"),
+        (message(values='{"?": 1}').replace(b"?", b"\xff"), "not_json", "UTF-8"),
+        (message(entity='"?"').replace(b"?", b"\xc3\x28"), "not_json", "UTF-8"),
         (message(entity='"\\ud800"'), "not_json", "surrogate"),
         (message(values='{"cpu": nan}'), "not_json", "malformed"),
         (message(values='{"cpu": 01}'), "not_json", "malformed"),
@@ -208,7 +208,8 @@ def test_what_cannot_be_read_has_a_reason(value: bytes, reason: str, said: str) 
     with pytest.raises(DecodeError) as refusal:
         decode_native(value)
     assert refusal.value.reason == reason
-    assert said.lower() in str(refusal.value).lower()
+    # msgspec before 0.23 names the codec.
+    assert said in str(refusal.value).replace("'utf-8' codec", "UTF-8")
     assert "expected" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     # It goes into a header of the dead letter, as UTF-8.
