@@ -264,6 +264,7 @@ def describe(bundle: Bundle) -> str:
         )
     season = bundle.arrays["season"]
     daily = tuple(name for i, name in enumerate(bundle.channels) if season[..., i].any())
+    flags = manifest.flags
     lines = {
         "model": bundle.version,
         "period": f"{bundle.period_ms / 1000:g} s",
@@ -276,6 +277,9 @@ def describe(bundle: Bundle) -> str:
         "daily": f"{len(daily)}: {_some(daily)}"
         if daily
         else "no channel goes with the hour of day",
+        "on or off": f"{len(flags)}: {_some(flags)}; together they count as one channel"
+        if flags
+        else "no channel is just on or off",
         "held out": f"{metrics['held_out_slots']:.0f} slots; {metrics['band_coverage']:.1%} of "
         f"readings in the 90 % band; {metrics['share_above_evidence_3']:.3%} of slots beyond "
         "evidence 3 (0.1 % expected)",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from train.config import TrainConfig
 from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError
+from tsdiff.flags import Flags, find_flags
 from tsdiff.normalize import Statistics, fit_statistics, normalize
 from tsdiff.runs import Counts, longest_runs
 from tsdiff.season import fit_season, harmonics, means_of_slots, season
@@ -61,7 +62,7 @@ class Dataset:
     Rows before `split[e]` are for fitting, the rest are held out. `season` (R+1, K, D) are the
     weights of what the hour of day says (`tsdiff.season`), which `series` are without; the last row
     is the mean of all. `longest` (R+1, 2, D) are the longest gaps and standstills of each entity,
-    and in the last row of all.
+    and in the last row of all; `flags` are the channels that are on or off.
     """
 
     channels: tuple[str, ...]
@@ -74,6 +75,7 @@ class Dataset:
     season: FloatArray
     longest: Counts
     fingerprint: str
+    flags: Flags
 
     def as_unknown(self, row: int) -> FloatArray:
         """The series of an entity as it would be read were it unknown: less the pooled season."""
@@ -149,6 +151,7 @@ def load(history: HistoryLike, period_ms: int, config: TrainConfig) -> Dataset:
         season=seasons,
         longest=np.concatenate([longest, longest.max(0, keepdims=True)]),
         fingerprint=digest.hexdigest(),
+        flags=find_flags(grids),
     )
 
 

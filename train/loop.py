@@ -21,6 +21,7 @@ from tsdiff.bundle import Bundle, Manifest, make_bundle
 from tsdiff.calibration import SCORERS, array_name
 from tsdiff.config import ModelConfig
 from tsdiff.denoiser import Network, Params
+from tsdiff.flags import Flags, sensors
 from tsdiff.reading import Reader, make_model
 from tsdiff.types import FloatArray
 
@@ -122,7 +123,7 @@ def _train_network(
     mean, loadings, noise = (part.astype(np.float64) for part in anchors.parts)
     anchored = Anchored(
         Anchor(*(jnp.asarray(part) for part in anchors.parts)),
-        make_model(mean, loadings, noise, run.model).anchors.clean,
+        make_model(mean, loadings, noise, dataset.flags, run.model).anchors.clean,
     )
     fitting = windows_of(dataset, run.model.window, held_out=False)
     held_out = windows_of(dataset, run.model.window, held_out=True)
@@ -150,13 +151,22 @@ def _train_network(
     of_channels = np.asarray(held_out_losses(run, state.best, held_out, anchored))
     losses = of_channels.mean(1)
     best = int(np.argmin(losses))
-    # Of the typical channel: a few that the anchor fits badly are no reason to judge all anew.
-    unexplained = float(np.median(of_channels[best] / np.maximum(of_channels[0], _TINY_LOSS)))
+    unexplained = _unexplained(of_channels[0], of_channels[best], dataset.flags)
     weight = WEIGHTS[best] if unexplained < _WORTHWHILE else 0.0
     if config.network_weight is not None:
         weight = config.network_weight
     found = {"anchor": float(losses[0]), "network": float(losses[best]), "ratio": unexplained}
     return _Trained(run.network, state.best, weight, min(unexplained, 1.0), found, int(state.step))
+
+
+def _unexplained(anchor: FloatArray, network: FloatArray, flags: Flags) -> float:
+    """Share of the anchor's loss that the network leaves of the typical channel.
+
+    Not of all together: a few that the anchor fits badly are no reason to judge all anew. Nor are
+    flags, or channels of which nothing was left to explain.
+    """
+    judged = sensors(flags) & (anchor > _TINY_LOSS)
+    return float(np.median(network[judged] / anchor[judged])) if judged.any() else 1.0
 
 
 def _keep_best(state: TrainState, loss: float) -> TrainState:
@@ -180,11 +190,11 @@ def _assemble(
     kept = trained if trained is not None and trained.weight > 0 else None
     params = None if kept is None else kept.params
     reader = (
-        Reader(model_config)
+        Reader(model_config, dataset.flags)
         if kept is None
-        else Reader(model_config, kept.network, kept.weight, kept.unexplained)
+        else Reader(model_config, dataset.flags, kept.network, kept.weight, kept.unexplained)
     )
-    model = make_model(mean, loadings, noise, model_config, params)
+    model = make_model(mean, loadings, noise, dataset.flags, model_config, params)
     fitted = calibrate(model, dataset, reader)
     arrays: dict[str, np.ndarray] = dict(
         zip(("anchor.mean", "anchor.loadings", "anchor.noise"), anchors.parts, strict=True)
@@ -220,6 +230,7 @@ def _assemble(
         channels=dataset.channels,
         units=config.units or ("",) * len(dataset.channels),
         entities=dataset.entities,
+        flags=tuple(np.asarray(dataset.channels)[list(dataset.flags)].tolist()),
         model=model_config,
         network=None if kept is None else config.network,
         network_weight=reader.network_weight,

@@ -213,6 +213,7 @@ class Full(Adaptation):
         super().__init__(bundle, scorer)
         self._config = bundle.manifest.model
         self._channels = len(bundle.channels)
+        self._flags = bundle.flags
         self.context = self._config.window - 1
         self.size = self._channels * (1 + self._config.window * self._channels) + 1
         self._lags = np.asarray(bundle.arrays["moments.lags"], np.float32)
@@ -283,7 +284,7 @@ class Full(Adaptation):
             floor = self._config.noise_floor
             mean = np.tile(moments.mean, self._config.window)
             loadings, noise = refit_anchor(moments.covariance(), loadings, noise, floor)
-        return whitenings(mean, loadings, noise, self._config)
+        return whitenings(mean, loadings, noise, self._flags, self._config)
 
 
 @partial(jax.jit, donate_argnums=0)  # in place: the table may be large

@@ -20,7 +20,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from tsdiff.linalg import invert
-from tsdiff.types import DoubleArray
+from tsdiff.types import BoolArray, DoubleArray
 
 # Added to M's diagonal: float32 round-off of a product over some thousand cells.
 _JITTER = 1e-6
@@ -214,15 +214,14 @@ def whiten(mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, sigma: 
 
 
 def turn(
-    loadings: DoubleArray, noise: DoubleArray, sigma: float = 0.0, visible: int | None = None
+    loadings: DoubleArray, noise: DoubleArray, visible: BoolArray, sigma: float = 0.0
 ) -> Float[Array, "K K"]:
     """R0' R^-T, which takes the basis of all cells at sigma = 0 to that of another reading.
 
-    The other is at noise level `sigma`, or sees the first `visible` cells alone. What it knows less
-    well it stretches; by no more than the noise is raised, or the hidden cells told.
+    The other is at noise level `sigma` and sees the `visible` cells alone. What it knows less well
+    it stretches; by no more than the noise is raised, or the hidden cells told.
     """
-    seen = slice(visible)
-    other = _precision_root(loadings[seen], noise[seen] + sigma**2)
+    other = _precision_root(loadings[visible], noise[visible] + sigma**2)
     return jnp.asarray(np.linalg.solve(other, _precision_root(loadings, noise)).T, jnp.float32)
 
 

@@ -26,8 +26,9 @@ from safetensors.numpy import save as save_arrays
 
 from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
+from tsdiff.flags import Flags
 
-FORMAT = 10
+FORMAT = 11
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"
@@ -37,10 +38,10 @@ _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of a bundle but its arrays.
 
-    `network_weight` is the network's gate g (0: it was dropped, and `network` is None),
-    `network_unexplained` the share of the anchor's held-out loss that it leaves (1 without one);
-    `scorers` are those that it is calibrated for; `fingerprint` identifies the training data;
-    `metrics` were measured on held-out data.
+    `flags` are the channels that are on or off (`tsdiff.flags`); `network_weight` is the network's
+    gate g (0: it was dropped, and `network` is None), `network_unexplained` the share of the
+    anchor's held-out loss that it leaves (1 without one); `scorers` are those that it is calibrated
+    for; `fingerprint` identifies the training data; `metrics` were measured on held-out data.
     """
 
     kind: str = _KIND
@@ -50,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     channels: tuple[str, ...]
     units: tuple[str, ...]
     entities: tuple[str, ...]
+    flags: tuple[str, ...]
     model: ModelConfig
     network: NetworkConfig | None
     network_weight: float
@@ -77,6 +79,11 @@ class Bundle:
     def units(self) -> tuple[str, ...]:
         """Unit of every channel, empty where unknown."""
         return self.manifest.units
+
+    @property
+    def flags(self) -> Flags:
+        """Which channels are on or off, in the order of every array."""
+        return tuple(name in self.manifest.flags for name in self.channels)
 
     @property
     def period_ms(self) -> int:

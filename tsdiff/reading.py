@@ -31,6 +31,7 @@ from tsdiff.anchor import (
 from tsdiff.bundle import Bundle
 from tsdiff.calibration import SCORERS
 from tsdiff.config import ModelConfig
+from tsdiff.flags import Flags, sensors
 from tsdiff.precondition import denoised
 from tsdiff.scorers import Readings, Told
 from tsdiff.types import DenoiseFn, DoubleArray
@@ -75,8 +76,8 @@ class Whitenings(NamedTuple):
     """An anchor as it is read: at no noise, at the reading's noise level, and looking ahead.
 
     `clean` is at no noise, `products` its `anchor.gram`; `to_noisy` and `to_head` (K, K) turn its
-    loadings to those of the reading's noise level, and of the slots that stay visible when the last
-    ones are hidden.
+    loadings to those of the reading's noise level, which does without flags, and of the slots that
+    stay visible when the last ones are hidden.
     """
 
     clean: Whitened
@@ -84,10 +85,14 @@ class Whitenings(NamedTuple):
     to_noisy: Float[Array, "K K"]
     to_head: Float[Array, "K K"]
 
-    def noisy(self, sigma: float) -> Whitened:
-        """Return the anchor at noise level `sigma`, which is the one it was made for."""
+    def noisy(self, sigma: float, flags: Flags) -> Whitened:
+        """Return the anchor of all but the flags' cells at noise level `sigma`.
+
+        They and it are those that it was made for.
+        """
         scale = jnp.sqrt(self.clean.scale**2 + sigma**2)
-        weight = self.clean.scale / scale
+        seen = sensors(flags, len(scale) // len(flags))
+        weight = jnp.where(seen, self.clean.scale / scale, 0.0)
         return self.clean._replace(scale=scale, weight=weight, turn=self.to_noisy)
 
     def head(self, channels: int, hidden: int) -> Whitened:
@@ -105,16 +110,20 @@ class Model(NamedTuple):
 
 
 def whitenings(
-    mean: DoubleArray, loadings: DoubleArray, noise: DoubleArray, config: ModelConfig
+    mean: DoubleArray,
+    loadings: DoubleArray,
+    noise: DoubleArray,
+    flags: Flags,
+    config: ModelConfig,
 ) -> Whitenings:
-    """Prepare one anchor (N,), (N, K), (N,) for serving."""
+    """Prepare one anchor (N,), (N, K), (N,) of D channels, some of them flags, for serving."""
     clean = whiten(mean, loadings, noise, 0.0)
-    visible = len(mean) * (config.window - config.hidden) // config.window
+    head = np.arange(len(mean)) < len(flags) * (config.window - config.hidden)
     return Whitenings(
         clean,
-        gram(clean.loadings, len(mean) // config.window, config.hidden),
-        to_noisy=turn(loadings, noise, config.sigma),
-        to_head=turn(loadings, noise, visible=visible),
+        gram(clean.loadings, len(flags), config.hidden),
+        to_noisy=turn(loadings, noise, sensors(flags, config.window), config.sigma),
+        to_head=turn(loadings, noise, head),
     )
 
 
@@ -122,11 +131,13 @@ def make_model(
     mean: DoubleArray,
     loadings: DoubleArray,
     noise: DoubleArray,
+    flags: Flags,
     config: ModelConfig,
     params: Mapping[str, Array] | None = None,
 ) -> Model:
     """Prepare anchors (A, N), (A, N, K), (A, N) and a network for serving (in float64 first)."""
-    each = [whitenings(*parts, config=config) for parts in zip(mean, loadings, noise, strict=True)]
+    parts = zip(mean, loadings, noise, strict=True)
+    each = [whitenings(*part, flags=flags, config=config) for part in parts]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *each)
     arrays = None if params is None else {name: jnp.asarray(part) for name, part in params.items()}
     return Model(stacked, arrays)
@@ -136,12 +147,13 @@ def make_model(
 class Reader:
     """What is static of a model: compile once for each.
 
-    `network_weight` is the network's gate, `unexplained` the share of the anchor's held-out loss
-    that is left with it. `slow` is the slow scorer whose evidence is the only stream; None: the
-    streams of the fast ones.
+    `flags` are the channels that are on or off (`tsdiff.flags`). `network_weight` is the network's
+    gate, `unexplained` the share of the anchor's held-out loss that is left with it. `slow` is the
+    slow scorer whose evidence is the only stream; None: the streams of the fast ones.
     """
 
     config: ModelConfig
+    flags: Flags
     network: NetworkFn | None = None
     network_weight: float = 0.0
     unexplained: float = 1.0
@@ -174,9 +186,14 @@ def build_model(bundle: Bundle, slow: str | None = None) -> tuple[Model, Reader]
         network = import_module("tsdiff.denoiser").Network(
             len(bundle.channels), len(bundle.entities), manifest.model, manifest.network
         )
-    model = make_model(parts[0], parts[1], parts[2], manifest.model, params)
+    model = make_model(parts[0], parts[1], parts[2], bundle.flags, manifest.model, params)
     return model, Reader(
-        manifest.model, network, manifest.network_weight, manifest.network_unexplained, slow
+        manifest.model,
+        bundle.flags,
+        network,
+        manifest.network_weight,
+        manifest.network_unexplained,
+        slow,
     )
 
 
@@ -230,16 +247,18 @@ def _read(
         imputed = _impute(anchor, params, x, observed, rows[of], reader, missing)
         if reader.slow is not None and plain is not None:
             denoise = _denoiser(plain, params, rows[of], reader)
-            return scorers.read_slow(slow.read(reader.slow, denoise, window), observed, imputed)
+            cells = slow.read(reader.slow, denoise, window)
+            return scorers.read_slow(cells, observed, imputed, reader.flags)
         forecast = _forecast(anchor, x, observed, config, missing)
         return scorers.read(
-            anchor.noisy(config.sigma),
+            anchor.noisy(config.sigma, reader.flags),
             x,
             observed,
             forecast,
             imputed,
             config.sigma,
             reader.unexplained,
+            reader.flags,
             missing=missing,
         )
 

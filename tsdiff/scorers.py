@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from tsdiff import anchor
 from tsdiff.anchor import Whitened
 from tsdiff.config import ModelConfig
+from tsdiff.flags import Flags, sensors, weights
 
 STREAMS = ("reconstruction", "density", "forecast", "imputation")
 """Names of the streams, in their order along S."""
@@ -27,8 +28,8 @@ class Readings(NamedTuple):
     `streams` (B, S) raw values, in the order of `STREAMS`, or a slow scorer's one; `coverage`
     (B, S) the share of the cells behind each that were observed (0: the value means nothing);
     `expected` and `sd` (B, D) in normalised units, from the masked reading; `surprise` (B, D) how
-    many standard deviations each reading is from what was forecast or, with a network, imputed, 0
-    where missing.
+    many standard deviations each reading is from what was forecast or, with a network, imputed,
+    times the channel's weight, 0 where missing.
     """
 
     streams: Float[Array, "B S"]
@@ -57,14 +58,16 @@ def read(
     imputed: Told,
     sigma: float,
     unexplained: float,
+    flags: Flags,
     *,
     missing: int | None,
 ) -> Readings:
     """Put all streams of windows together.
 
-    `noisy` is the anchor at noise level `sigma`, which reads with nothing masked; `forecast` what
-    was said of the last slot with the last slots hidden, `imputed` of each channel with its own
-    last cells hidden. `x` is normalised, 0 where missing; `missing` as in `anchor.solve`.
+    `noisy` is the anchor of all but the `flags` at noise level `sigma`, which reads with nothing
+    masked; `forecast` what was said of the last slot with the last slots hidden, `imputed` of each
+    channel with its own last cells hidden. `x` is normalised, 0 where missing; `missing` as in
+    `anchor.solve`.
 
     A forecast did not see the other channels of the slot: a fault of one does not spill over into
     those that go with it, so its errors tell best whose fault it is. Where a network knows better
@@ -73,36 +76,50 @@ def read(
     batch, _, channels = x.shape
     flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
     solved = anchor.solve(noisy, flat, seen, missing=missing)
+    judged = seen & sensors(flags, x.shape[1])
     last, arrived = x[:, -1], observed[:, -1]
-    count = jnp.maximum(arrived.sum(-1), 1)
+    weight = _weights(arrived, flags)
     ahead, aside = forecast.error(last, arrived), imputed.error(last, arrived)
     surprise = jnp.sqrt(unexplained * ahead**2 + (1.0 - unexplained) * aside**2)
     streams = (
-        _reconstruction(noisy, solved, channels, sigma, seen),
-        anchor.mahalanobis(noisy, solved, seen) / jnp.maximum(seen.sum(-1), 1),
-        ahead.sum(-1) / count,
-        aside.sum(-1) / count,
+        _reconstruction(noisy, solved, channels, sigma, judged),
+        anchor.mahalanobis(noisy, solved, judged) / jnp.maximum(judged.sum(-1), 1),
+        _mean(ahead, weight),
+        _mean(aside, weight),
     )
-    of_slot = arrived.mean(-1)
+    of_slot = weight.sum(-1) / weights(flags).sum()
+    of_sensors = judged[:, -channels:].sum(-1) / sensors(flags).sum()
     # A slot in which nothing arrived says nothing, whatever the slots before it said.
-    of_window = jnp.where(of_slot > 0, seen.mean(-1), 0.0)
-    coverage = (of_slot, of_window, of_slot, of_slot)
+    of_window = judged.sum(-1) / sensors(flags, x.shape[1]).sum()
+    of_window = jnp.where(of_sensors > 0, of_window, 0.0)
+    coverage = (of_sensors, of_window, of_slot, of_slot)
     return Readings(
-        jnp.stack(streams, -1), jnp.stack(coverage, -1), imputed.mean, imputed.sd, surprise
+        jnp.stack(streams, -1), jnp.stack(coverage, -1), imputed.mean, imputed.sd, surprise * weight
     )
+
+
+def _weights(arrived: Bool[Array, "B D"], flags: Flags) -> Float[Array, "B D"]:
+    """How much the readings of a slot count, 0 where there is none."""
+    return jnp.where(arrived, weights(flags), 0.0)
+
+
+def _mean(cells: Float[Array, "B D"], weight: Float[Array, "B D"]) -> Float[Array, " B"]:
+    """Weighted mean over channels, 0 where nothing arrived."""
+    total = weight.sum(-1)
+    return (cells * weight).sum(-1) / jnp.where(total > 0, total, 1.0)
 
 
 def read_slow(
-    cells: Float[Array, "B D"], observed: Bool[Array, "B L D"], imputed: Told
+    cells: Float[Array, "B D"], observed: Bool[Array, "B L D"], imputed: Told, flags: Flags
 ) -> Readings:
     """Put a slow scorer's evidence of the last slots' `cells` in the place of all streams.
 
     It says whose fault it is, too: `surprise` is the root, since shares are of squares.
     """
-    arrived = observed[:, -1]
-    stream = cells.sum(-1) / jnp.maximum(arrived.sum(-1), 1)
-    coverage = arrived.mean(-1)
-    return Readings(stream[:, None], coverage[:, None], imputed.mean, imputed.sd, jnp.sqrt(cells))
+    weight = _weights(observed[:, -1], flags)
+    stream, coverage = _mean(cells, weight), weight.sum(-1) / weights(flags).sum()
+    surprise = jnp.sqrt(cells) * weight
+    return Readings(stream[:, None], coverage[:, None], imputed.mean, imputed.sd, surprise)
 
 
 def _reconstruction(

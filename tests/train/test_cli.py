@@ -77,4 +77,5 @@ def test_counters_are_trained_on_as_rates(tmp_path: Path) -> None:
 
 
 def test_describe_names_the_network() -> None:
+    assert "on or off  no channel" in describe(network_bundle())
     assert "anchor and network (weight 0.5" in describe(network_bundle())

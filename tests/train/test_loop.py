@@ -16,7 +16,7 @@ from tests.train.simulated import (
     simulate,
 )
 from train.config import TrainConfig
-from train.loop import Progress, train
+from train.loop import Progress, _unexplained, train
 from train.state import Checkpoints, remove_checkpoints
 from tsdiff.config import ModelConfig
 from tsdiff.errors import ConfigError, HistoryError
@@ -88,6 +88,14 @@ def test_a_network_that_does_not_help_is_dropped() -> None:
     bundle = train(history(), config, period_ms=PERIOD_MS)
     assert bundle.manifest.network is None
     assert not any(name.startswith("network.") for name in bundle.arrays)
+
+
+def test_flags_and_still_channels_have_no_say_in_whether_a_network_is_kept() -> None:
+    anchor = np.array([1.0, 0.5, 0.0, 0.0, 0.2, 0.2], np.float32)
+    network = np.array([0.9, 0.4, 0.0, -0.1, 0.001, 0.001], np.float32)
+    flags = (False, False, False, False, True, True)
+    assert _unexplained(anchor, network, flags) == pytest.approx(0.85)
+    assert _unexplained(anchor, network, (True,) * 6) == 1.0
 
 
 def test_missing_cells_in_history() -> None:

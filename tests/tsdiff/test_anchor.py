@@ -17,10 +17,12 @@ from tsdiff.anchor import (
     whiten,
 )
 from tsdiff.config import ModelConfig
+from tsdiff.flags import sensors
 from tsdiff.linalg import invert
 from tsdiff.reading import whitenings
 
 LENGTH, CHANNELS, RANK, HIDDEN = 6, 5, 7, 3
+NO_FLAGS = (False,) * CHANNELS
 CELLS = LENGTH * CHANNELS
 
 
@@ -155,25 +157,26 @@ def test_every_way_of_solving_agrees(missing_cells: int) -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 40])
-@pytest.mark.parametrize("reading", ["noisy", "head"])
+@pytest.mark.parametrize("reading", ["noisy", "without flags", "head"])
 def test_further_readings_share_the_loadings_of_the_first(reading: str, windows: int) -> None:
     mean, loadings, noise = random_anchor()
     visible = CELLS - HIDDEN * CHANNELS
     config = ModelConfig(window=LENGTH, rank=RANK, sigma=0.5, hidden=HIDDEN)
-    anchors = whitenings(mean, loadings, noise, config)
-    seen = visible if reading == "head" else CELLS
+    flags = tuple(channel == 1 and reading == "without flags" for channel in range(CHANNELS))
+    anchors = whitenings(mean, loadings, noise, flags, config)
+    seen = np.arange(CELLS) < visible if reading == "head" else sensors(flags, LENGTH)
     sigma = 0.0 if reading == "head" else 0.5
-    found = anchors.head(CHANNELS, HIDDEN) if reading == "head" else anchors.noisy(sigma)
-    alone = whiten(mean[:seen], loadings[:seen], noise[:seen], sigma)
+    found = anchors.head(CHANNELS, HIDDEN) if reading == "head" else anchors.noisy(sigma, flags)
+    alone = whiten(mean[seen], loadings[seen], noise[seen], sigma)
     own = np.zeros((CELLS, RANK))
-    own[:seen] = alone.loadings
+    own[seen] = alone.loadings
 
     rng = np.random.default_rng(7)
     residual = rng.normal(size=(windows, CELLS))
     observed = rng.random((windows, CELLS)) < 0.8
     index = rng.integers(0, CELLS, (windows, 3))
     lost = np.einsum("bn,nk,nl->bkl", ~observed, own, own)
-    np.testing.assert_allclose(found.scale[:seen], alone.scale, rtol=1e-6)
+    np.testing.assert_allclose(found.scale[seen], alone.scale, rtol=1e-6)
     np.testing.assert_allclose(found.last(CELLS), own, atol=1e-5)
     np.testing.assert_allclose(found.of(jnp.asarray(index)), own[index], atol=1e-5)
     np.testing.assert_allclose(
@@ -188,10 +191,11 @@ def test_distance_of_wild_readings_that_explain_one_another() -> None:
     rng = np.random.default_rng(8)
     x = mean + 300.0 * (loadings @ rng.normal(size=(RANK, 3))).T + rng.normal(size=(3, CELLS))
     x = x.astype(np.float32)
-    anchors = whitenings(mean, loadings, noise, ModelConfig(window=LENGTH, rank=RANK, sigma=0.5))
+    config = ModelConfig(window=LENGTH, rank=RANK, sigma=0.5)
+    noisy = whitenings(mean, loadings, noise, NO_FLAGS, config).noisy(0.5, NO_FLAGS)
     observed = jnp.ones(x.shape, bool)
-    solved = solve(anchors.noisy(0.5), jnp.asarray(x), observed, missing=0)
-    found = mahalanobis(anchors.noisy(0.5), solved, observed)
+    solved = solve(noisy, jnp.asarray(x), observed, missing=0)
+    found = mahalanobis(noisy, solved, observed)
     covariance = loadings @ loadings.T + np.diag(noise + 0.25)
     direct = [y @ np.linalg.solve(covariance, y) for y in x.astype(np.float64) - mean]
     np.testing.assert_allclose(found, direct, rtol=2e-6)
