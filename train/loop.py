@@ -26,8 +26,8 @@ from tsdiff.reading import Reader, make_model
 from tsdiff.types import FloatArray
 
 # Share of a typical channel's held-out loss that the network may leave, to be worth its cost: where
-# it left .26 to .95 (servers, water, pumps), it found no more faults, or fewer; where it leaves .05
-# to .20 (spacecraft, fleets of non-linear relations), more (tests/benchmarks/README.md).
+# it leaves .29 to .93 (servers, spacecraft, water, pumps), it finds no more faults, or fewer; where
+# .15 to .18 (fleets of non-linear relations), more (tests/benchmarks/README.md).
 _WORTHWHILE = 0.22
 _TINY_LOSS = 1e-3
 
