@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -230,7 +231,7 @@ def _assemble(
         channels=dataset.channels,
         units=config.units or ("",) * len(dataset.channels),
         entities=dataset.entities,
-        flags=tuple(np.asarray(dataset.channels)[list(dataset.flags)].tolist()),
+        flags=tuple(compress(dataset.channels, dataset.flags)),
         model=model_config,
         network=None if kept is None else config.network,
         network_weight=reader.network_weight,

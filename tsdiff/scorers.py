@@ -76,7 +76,8 @@ def read(
     batch, _, channels = x.shape
     flat, seen = x.reshape(batch, -1), observed.reshape(batch, -1)
     solved = anchor.solve(noisy, flat, seen, missing=missing)
-    judged = seen & sensors(flags, x.shape[1])
+    sensing = sensors(flags, x.shape[1])
+    judged = seen & sensing
     last, arrived = x[:, -1], observed[:, -1]
     weight = _weights(arrived, flags)
     ahead, aside = forecast.error(last, arrived), imputed.error(last, arrived)
@@ -88,10 +89,9 @@ def read(
         _mean(aside, weight),
     )
     of_slot = weight.sum(-1) / weights(flags).sum()
-    of_sensors = judged[:, -channels:].sum(-1) / sensors(flags).sum()
+    of_sensors = judged[:, -channels:].sum(-1) / sensing[-channels:].sum()
     # A slot in which nothing arrived says nothing, whatever the slots before it said.
-    of_window = judged.sum(-1) / sensors(flags, x.shape[1]).sum()
-    of_window = jnp.where(of_sensors > 0, of_window, 0.0)
+    of_window = jnp.where(of_sensors > 0, judged.sum(-1) / sensing.sum(), 0.0)
     coverage = (of_sensors, of_window, of_slot, of_slot)
     return Readings(
         jnp.stack(streams, -1), jnp.stack(coverage, -1), imputed.mean, imputed.sd, surprise * weight

@@ -77,5 +77,8 @@ def test_counters_are_trained_on_as_rates(tmp_path: Path) -> None:
 
 
 def test_describe_names_the_network() -> None:
-    assert "on or off  no channel" in describe(network_bundle())
     assert "anchor and network (weight 0.5" in describe(network_bundle())
+
+
+def test_describe_says_that_no_channel_is_a_flag() -> None:
+    assert "on or off  no channel" in describe(network_bundle())
