@@ -25,6 +25,11 @@ sys.path.insert(0, str(ROOT / "deploy" / "kafka-local"))
 
 from kafka_node import KafkaLocal, KafkaLocalError  # noqa: E402  (found by the line above)
 
+from tsdiff.cli import use_one_blas_thread  # noqa: E402
+
+# For the workers of pytest-xdist, which are started after this, as the commands have it.
+use_one_blas_thread()
+
 MARKED_BY_FIXTURE = {"kafka": "kafka", "make_topic": "kafka", "telemetry": "data"}
 
 

@@ -49,6 +49,24 @@ def start(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]: 
     )
 
 
+# -- threads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("asked", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
+def test_linear_algebra_has_one_thread_unless_asked_otherwise(
+    asked: dict[str, str], threads: int
+) -> None:
+    inherited = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    code = (
+        "from tsdiff.cli import main; main(['inspect', '/no/bundle'])\n"
+        "from threadpoolctl import threadpool_info\n"
+        "print({of['num_threads'] for of in threadpool_info() if of['user_api'] == 'blas'})"
+    )
+    with start(code, env=inherited | asked) as process:
+        found, _ = process.communicate(timeout=60)
+    assert found.strip() == str({min(threads, os.cpu_count() or 1)})
+
+
 # -- help --------------------------------------------------------------------------------------
 
 

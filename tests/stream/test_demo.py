@@ -388,8 +388,8 @@ def test_too_little_to_learn_from_is_said_at_once() -> None:
 
 def test_this_machine_is_watched() -> None:
     console = shown()
-    # Five times as often as the command does: what it needs is slots, not minutes.
-    summary = run_host(train, learn_ms=44_000, period_ms=200, console=console, watch_seconds=10)
+    # Ten times as often as the command does: what it needs is slots, not minutes.
+    summary = run_host(train, learn_ms=22_000, period_ms=100, console=console, watch_seconds=10)
     assert summary["scores"] >= 10
     assert "watching until Ctrl-C" in text_of(console)
     assert text_of(console).rstrip().endswith("alerts") or "still on" in text_of(console)
