@@ -1,8 +1,8 @@
 """`python -m train`: the same as `tsdiff train`."""
 
-import typer
+import sys
 
-from train.cli import train
+from tsdiff.cli import main
 
 if __name__ == "__main__":
-    typer.run(train)
+    sys.exit(main(["train", *sys.argv[1:]]))
