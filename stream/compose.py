@@ -32,7 +32,6 @@ from stream.tls import server_context
 from stream.topics import prepare_topics
 from stream.web import Page
 from tsdiff.bundle import Bundle, load_bundle
-from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import SHAPES, Detector
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.history import rate_channels
@@ -144,11 +143,10 @@ def policy_of(config: ServiceConfig) -> AlertPolicy:
 
 def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
     """How the settings turn evidence into verdicts."""
-    period_ms = model.detector.period_ms
     return ScoringConfig(
         model=model.bundle.version,
-        period_ms=period_ms,
-        threshold=evidence_threshold(config.alerts.false_alarms_per_entity_week, period_ms),
+        period_ms=model.detector.period_ms,
+        threshold=model.detector.threshold(config.alerts.false_alarms_per_entity_week),
         policy=policy_of(config),
         minimum_deviation=config.alerts.minimum_deviation,
         direction=config.alerts.direction,

@@ -100,11 +100,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one fault; `alert` is the first one raised for it, None = missed."""
+    """What became of one fault; `alerts` are those raised for it, in their order."""
 
     fault: Fault
-    alert: Episode | None
+    alerts: tuple[Episode, ...]
     period_ms: int
+
+    @property
+    def alert(self) -> Episode | None:
+        """The first one raised for it; None: it was missed."""
+        return next(iter(self.alerts), None)
 
     @property
     def delay_slots(self) -> int | None:
@@ -149,8 +154,7 @@ def judge(
         return episode.entity == fault.entity and fault.start_ms <= episode.start_ms < last_ms
 
     outcomes = [
-        Outcome(fault, next((e for e in episodes if meant(fault, e)), None), period_ms)
-        for fault in faults
+        Outcome(fault, tuple(e for e in episodes if meant(fault, e)), period_ms) for fault in faults
     ]
     false = [e for e in episodes if not any(meant(fault, e) for fault in faults)]
     return outcomes, false
@@ -217,7 +221,7 @@ class Result:
 
     def as_json(self) -> Record:
         """Return the summary that `tsdiff demo --json` ends with."""
-        caught_by = {id(o.alert): o.fault.kind for o in self.outcomes if o.alert is not None}
+        caught_by = {id(alert): o.fault.kind for o in self.outcomes for alert in o.alerts}
         return {
             "faults": len(self.outcomes),
             "caught": sum(o.alert is not None for o in self.outcomes),

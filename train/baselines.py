@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from train.cnn import CNN
+from train.metrics import slots_per_alarm
 from tsdiff import calibration
 from tsdiff.config import ModelConfig
 from tsdiff.errors import HistoryError, TsdiffError
@@ -48,11 +49,15 @@ class Baseline(Protocol):
 
 
 class Scored(NamedTuple):
-    """A test series judged: `anomaly_score` (T,) for its order, `evidence` (T,) as calibrated."""
+    """A test series judged: `anomaly_score` (T,) for its order, `evidence` (T,) as calibrated.
+
+    `slots_per_alarm` as `metrics.slots_per_alarm` of held-out data.
+    """
 
     anomaly_score: FloatArray
     evidence: FloatArray
     contribution: FloatArray | None
+    slots_per_alarm: float
 
 
 Scorer = Callable[[FloatArray], Scored]
@@ -87,6 +92,7 @@ def fit(baseline: Baseline, past: FloatArray, held_out: int, seed: int, goes_on:
     sample = baseline.score(z[max(at - baseline.context, 0) :])[0][-held_out:]
     knots = calibration.fit_knots(sample)
     slope = calibration.fit_slope(sample, float(knots[-1]))
+    slots = slots_per_alarm([_evidence(sample, knots, slope)])
 
     def score(test: FloatArray) -> Scored:
         # One slot more than the context, to fill the first gaps from.
@@ -95,7 +101,7 @@ def fit(baseline: Baseline, past: FloatArray, held_out: int, seed: int, goes_on:
         deviation = deviation[len(before) :]
         if contribution is not None:
             contribution = contribution[len(before) :]
-        return Scored(deviation, _evidence(deviation, knots, slope), contribution)
+        return Scored(deviation, _evidence(deviation, knots, slope), contribution, slots)
 
     return score
 

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from train.data import Dataset
+from train.metrics import alarms, segments, slots_per_alarm
 from tsdiff import calibration, scorers
-from tsdiff.calibration import Calibration
+from tsdiff.calibration import WEEK_MS, Calibration
 from tsdiff.detector import history_slots
 from tsdiff.reading import Model, Reader, read_spans
 from tsdiff.scorers import Readings, Scales
@@ -121,7 +122,7 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
         sample = np.concatenate([each[before : len(each) - by.ahead] for each in streams])
         return np.stack([calibration.fit_knots(column)[-1] for column in sample.T])
 
-    def tails(by: Scales) -> tuple[_Tails, FloatArray]:
+    def tails(by: Scales) -> tuple[_Tails, list[FloatArray]]:
         of_own = [at_scales(part, row, usual([part], by), by) for row, part in enumerate(own)]
         of_all = of_own
         if several:
@@ -131,26 +132,34 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
 
     each = [tails(scorers.scales(config, lag)) for lag in calibration.LAGS]
     widest = max(found.slope.shape[1] for found, _ in each)
-    by_lag = zip(*(_widened(found, widest) for found, _ in each), strict=True)
-    tables = Calibration(jnp.asarray(neutral), *(jnp.stack(parts, 1) for parts in by_lag))
-    evidence = each[0][1]
+    *rows, slots = zip(*(_widened(found, widest) for found, _ in each), strict=True)
+    knots, slope, joint_knots, joint_slope = (jnp.stack(parts, 1) for parts in rows)
+    tables = Calibration(
+        jnp.asarray(neutral), knots, slope, joint_knots, joint_slope, jnp.stack(slots)
+    )
+    own_evidence = [of_scorers[0] for of_scorers in each[0][1]]
+    evidence = np.concatenate(own_evidence)
+    line = calibration.evidence_threshold(1.0, dataset.period_ms, float(slots[0][0]))
+    raised = sum(len(segments(alarms(part / line))) for part in own_evidence)
     band_scale, coverage = _fit_bands(held_out, before)
     metrics = {
         "held_out_slots": float(len(evidence)),
         "band_coverage": coverage,
         "share_above_evidence_3": float((evidence > 3.0).mean()),
         "largest_evidence": float(evidence.max()),
+        "alarms_per_entity_week": raised * WEEK_MS / (len(evidence) * dataset.period_ms),
     }
     return Fitted(tables, band_scale, metrics)
 
 
 class _Tails(NamedTuple):
-    """Of one lag: (R+1, C, Q), (R+1, C), (R+1, J, Q), (R+1, J)."""
+    """Of one lag: (R+1, C, Q), (R+1, C), (R+1, J, Q), (R+1, J), (J,)."""
 
     knots: FloatArray
     slope: FloatArray
     joint_knots: FloatArray
     joint_slope: FloatArray
+    slots_per_alarm: FloatArray
 
 
 def _widened(found: _Tails, columns: int) -> _Tails:
@@ -164,8 +173,8 @@ def _widened(found: _Tails, columns: int) -> _Tails:
 
 def _fit_tails(
     own: Sequence[FloatArray], unknown: Sequence[FloatArray], reader: Reader
-) -> tuple[_Tails, FloatArray]:
-    """Tails of samples (CUSUM_BEHIND + N, C), and the evidence of `own` ones by the default scorer.
+) -> tuple[_Tails, list[FloatArray]]:
+    """Tails of samples (CUSUM_BEHIND + N, C), and the evidence (J, N) of `own` ones.
 
     `own` are entities read as themselves, `unknown` as never-seen ones; the first CUSUM_BEHIND
     slots of each are not calibrated on.
@@ -196,12 +205,14 @@ def _fit_tails(
         ],
         np.float32,
     )
-    found = [
-        np.asarray(_joint(_padded(each[0])[None], joint_knots[row, :1], joint_slope[row, :1]))
+    padded = (
+        np.asarray(_joint(_padded(each.T).T, joint_knots[row], joint_slope[row]))
         for row, each in enumerate(joint[:-1])
-    ]
-    found = [each[0, : joint[row].shape[1]] for row, each in enumerate(found)]
-    return _Tails(knots, slope, joint_knots, joint_slope), np.concatenate(found)
+    )
+    found = [each[:, : len(sample) - skip] for each, sample in zip(padded, own, strict=True)]
+    of_scorers = zip(*found, strict=True)
+    slots = np.array([slots_per_alarm(evidence) for evidence in of_scorers], np.float32)
+    return _Tails(knots, slope, joint_knots, joint_slope, slots), found
 
 
 def _slopes(
@@ -224,36 +235,28 @@ def _covered(part: _HeldOut, skip: int) -> FloatArray:
 def _fit_bands(held_out: Sequence[_HeldOut], skip: int) -> tuple[FloatArray, float]:
     """Scale of the masked reading's sd, (R+1, D), so that 90 % of held-out cells lie in the band.
 
-    An entity with few readings of a channel leans on the pooled scale. Returns the share of cells
-    that the bands cover, too.
+    An entity with few readings of a channel leans on the pooled scale, that of the mean entity: one
+    with a long history has no more say in it. Returns the share of cells that the bands cover, too.
     """
     ratios = [
         np.abs(part.z - np.asarray(part.readings.expected))[skip:]
         / np.asarray(part.readings.sd)[skip:]
         for part in held_out
     ]
-    pooled = _quantile(np.concatenate(ratios), np.full(ratios[0].shape[1], _Z90, np.float64))
-    rows = []
-    inside = count = 0.0
-    for ratio in ratios:
-        seen = np.isfinite(ratio).sum(0)
-        own = _quantile(ratio, pooled)
-        scale = (seen * own + _PRIOR_CELLS * pooled) / (seen + _PRIOR_CELLS)
-        rows.append(scale)
-        inside += float((ratio <= scale).sum())
-        count += float(seen.sum())
+    seen = np.stack([np.isfinite(ratio).sum(0) for ratio in ratios])
+    own = np.stack([_quantile(ratio) for ratio in ratios])
+    said = np.minimum(seen, _PRIOR_CELLS)
+    # A Gaussian's, where nothing was ever seen.
+    pooled = np.where(said.any(0), (said * own).sum(0) / np.maximum(said.sum(0), 1.0), _Z90)
+    rows = (seen * own + _PRIOR_CELLS * pooled) / (seen + _PRIOR_CELLS)
+    inside = sum(int((ratio <= scale).sum()) for ratio, scale in zip(ratios, rows, strict=True))
     # A channel that never moves must not get a band of no width: its first rounding error would
     # take all the blame.
     scales = np.clip(np.stack([*rows, pooled]) / _Z90, 0.1, 100.0)
-    return scales.astype(np.float32), inside / max(count, 1.0)
+    return scales.astype(np.float32), inside / max(int(seen.sum()), 1)
 
 
-def _quantile(ratio: FloatArray, fallback: DoubleArray) -> DoubleArray:
-    """90th percentile per channel of the finite entries, `fallback` where there is none."""
-    result = fallback.astype(np.float64).copy()
-    for channel in range(ratio.shape[1]):
-        column = ratio[:, channel]
-        column = column[np.isfinite(column)]
-        if len(column):
-            result[channel] = np.quantile(column, 0.9)
-    return result
+def _quantile(ratio: FloatArray) -> DoubleArray:
+    """90th percentile of each channel's finite entries, 0 where there is none."""
+    finite = (column[np.isfinite(column)] for column in ratio.T)
+    return np.array([np.quantile(column, 0.9) if len(column) else 0.0 for column in finite])

@@ -282,7 +282,8 @@ def describe(bundle: Bundle) -> str:
         else "no channel is just on or off",
         "held out": f"{metrics['held_out_slots']:.0f} slots; {metrics['band_coverage']:.1%} of "
         f"readings in the 90 % band; {metrics['share_above_evidence_3']:.3%} of slots beyond "
-        "evidence 3 (0.1 % expected)",
+        f"evidence 3 (0.1 % expected); alarms at {metrics['alarms_per_entity_week']:.2g} an entity "
+        "and week (1 asked for)",
         "size": f"{size / 1e6:.1f} MB",
         "data": manifest.fingerprint[:12],
     }

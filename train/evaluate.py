@@ -126,7 +126,8 @@ def score_ours(
     # one wild channel does not decide it.
     errors = np.sqrt(found.contribution)
     shares = errors / np.maximum(errors.sum(1, keepdims=True), np.finfo(np.float32).tiny)
-    return Scored(evidence, evidence, (shares * evidence[:, None]).astype(np.float32))
+    blame = (shares * evidence[:, None]).astype(np.float32)
+    return Scored(evidence, evidence, blame, detector.slots_per_alarm)
 
 
 @lru_cache(maxsize=4)
@@ -194,8 +195,11 @@ def _seeded(name: str, settings: Settings) -> bool:
 # -- judging ------------------------------------------------------------------------------------
 
 
-def judge(test: Trial, scored: Scored, period_ms: int, threshold: float) -> dict[str, float]:
+def judge(
+    test: Trial, scored: Scored, period_ms: int, false_alarms_per_entity_week: float
+) -> dict[str, float]:
     """Compute all metrics of a scored test part; NaN where one does not apply."""
+    threshold = evidence_threshold(false_alarms_per_entity_week, period_ms, scored.slots_per_alarm)
     labels, slots = test.labels, test.slots
     order = scored.anomaly_score[slots]
     volume = volumes(labels, order, test.buffer)
@@ -243,7 +247,7 @@ def evaluate(
 
 
 def _run(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Iterator[Result]:
-    threshold = evidence_threshold(settings.false_alarms_per_entity_week, labelled.period_ms)
+    rate = settings.false_alarms_per_entity_week
 
     def judged(find: Find, entity: Entity, kind: str) -> Iterator[Result]:
         test = entity.test
@@ -252,7 +256,7 @@ def _run(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> Ite
         if kind in stress.WORSE:
             test = test._replace(values=stress.worsen(kind, entity, test.values, seed))
         scored = find(entity, test)
-        metrics = judge(test, scored, labelled.period_ms, threshold)
+        metrics = judge(test, scored, labelled.period_ms, rate)
         yield Result(labelled.name, entity.name, name, seed, kind, metrics)
 
     find = _fit(name, labelled, settings, seed)

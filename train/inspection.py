@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from train.picture import Panel, Picture
 from tsdiff.bundle import Bundle
-from tsdiff.calibration import evidence_threshold
 from tsdiff.detector import Detector
 from tsdiff.errors import ConfigError, HistoryError
 from tsdiff.explain import NAMED, Deviation, Event, moment_text, paragraph
@@ -59,11 +58,13 @@ class Series:
 class Scores:
     """Slots `start` to before `stop` of a series, scored; where nothing arrived, the score is NaN.
 
-    `evidence`, `anomaly_score` (T,); the rest as in `tsdiff.detector.Detection`, of one entity.
+    `evidence` (T,), divided by `threshold` it is the `anomaly_score` (T,); the rest as in
+    `tsdiff.detector.Detection`, of one entity.
     """
 
     start: int
     stop: int
+    threshold: float
     evidence: FloatArray
     anomaly_score: FloatArray
     expected: FloatArray
@@ -204,10 +205,11 @@ def score_stretch(detector: Detector, series: Series, start: int, stop: int) -> 
     )
     heard = np.isfinite(series.values[start:stop]).any(axis=1)
     evidence = np.where(heard, found.evidence, np.nan).astype(np.float32)
-    threshold = evidence_threshold(_FALSE_ALARMS_PER_ENTITY_WEEK, detector.period_ms)
+    threshold = detector.threshold(_FALSE_ALARMS_PER_ENTITY_WEEK)
     return Scores(
         start=start,
         stop=stop,
+        threshold=threshold,
         evidence=evidence,
         anomaly_score=(evidence / threshold).astype(np.float32),
         expected=found.expected,
@@ -406,7 +408,6 @@ def _event(
                 still=len(earlier) > 0 and bool(earlier.min() == earlier.max()),
             )
         )
-    threshold = evidence_threshold(_FALSE_ALARMS_PER_ENTITY_WEEK, period_ms)
     return Event(
         entity=series.entity,
         deviations=tuple(deviations),
@@ -414,9 +415,9 @@ def _event(
         start_ms=int(series.numbers[begin]) * period_ms,
         end_ms=(int(series.numbers[end - 1]) + 1) * period_ms,
         # Whether it goes on behind the last slot, nobody knows yet.
-        ongoing=highest > threshold and end == len(series.values),
+        ongoing=highest > scores.threshold and end == len(series.values),
         period_ms=period_ms,
-        anomaly_score=highest / threshold,
+        anomaly_score=highest / scores.threshold,
         p_value=10.0**-highest,
         steps=series.steps,
     )

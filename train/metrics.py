@@ -210,6 +210,22 @@ def alarms(anomaly_score: NDArray[np.floating]) -> BoolArray:
     return np.asarray(began > ended)
 
 
+# Evidence that one of 200 normal slots has: held-out parts have some dozen alarms at it, at what is
+# asked for none or one. And what telemetry was seen to have there, for parts with few.
+_CLUSTER_EVIDENCE = 2.3
+_USUAL_SLOTS, _USUAL_ALARMS = 8.0, 5
+
+
+def slots_per_alarm(evidence: Sequence[NDArray[np.floating]]) -> float:
+    """Return how many slots above a line make one alarm in normal series, each (T,).
+
+    Shrunk to what is usual where there are few: 8 slots of five server and water sets.
+    """
+    above = sum(int((each > _CLUSTER_EVIDENCE).sum()) for each in evidence)
+    count = sum(len(segments(alarms(each / _CLUSTER_EVIDENCE))) for each in evidence)
+    return (above + _USUAL_SLOTS * _USUAL_ALARMS) / (count + _USUAL_ALARMS)
+
+
 def _run(counted: BoolArray, resets: BoolArray) -> Integers:
     """How many slots have counted since the last that resets."""
     total = np.cumsum(counted)

@@ -28,7 +28,7 @@ from tsdiff.config import ModelConfig, NetworkConfig
 from tsdiff.errors import BundleError, ConfigError
 from tsdiff.flags import Flags
 
-FORMAT = 11
+FORMAT = 12
 MANIFEST = "manifest.json"
 PARAMS = "params.safetensors"
 _KIND = "tsdiff-bundle"

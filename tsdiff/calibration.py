@@ -47,22 +47,26 @@ _CUSUM_CAP = 5.0
 _CUSUM_SHARE = 0.25
 _ANCHOR_SHARE = 0.4  # of the anchor's two pieces of evidence, against the network's one
 _LN10 = math.log(10.0)
-_WEEK_MS = 7 * 24 * 3600 * 1000
+WEEK_MS = 7 * 24 * 3600 * 1000
 
 
-def evidence_threshold(false_alarms_per_entity_week: float, period_ms: int) -> float:
+def evidence_threshold(
+    false_alarms_per_entity_week: float, period_ms: int, slots_per_alarm: float
+) -> float:
     """Return -log10 of the per-slot probability that the asked rate of false alarms allows.
 
-    The anomaly score is evidence divided by this, so that 1 is as rare as was asked for.
+    Slots above a line come in clusters, of which each is one alarm of `slots_per_alarm` slots (the
+    inverse of the extremal index, Leadbetter 1983). The anomaly score is evidence divided by this,
+    so that alarms at 1 are as rare as was asked for.
     """
     if not (math.isfinite(false_alarms_per_entity_week) and false_alarms_per_entity_week > 0):
         raise ValueError(
             "expected a positive rate of false alarms per entity and week, "
             f"got {false_alarms_per_entity_week}"
         )
-    slots = _WEEK_MS / period_ms
+    slots = WEEK_MS / period_ms
     # More than one alarm in two slots is no threshold at all.
-    return -math.log10(min(false_alarms_per_entity_week / slots, 0.5))
+    return -math.log10(min(false_alarms_per_entity_week * slots_per_alarm / slots, 0.5))
 
 
 class Calibration(NamedTuple):
@@ -72,8 +76,9 @@ class Calibration(NamedTuple):
     `neutral` (R+1, S) median of each stream; for each of the V `LAGS`: `knots` (R+1, V, C, Q)
     values at evenly spaced evidence from 0 to that of the 98th percentile; `slope` (R+1, V, C)
     evidence per log of the stream beyond; `joint_knots` (R+1, V, J, Q) and `joint_slope`
-    (R+1, V, J) the same for what each of the J `SCORERS` combines and piles up. A slow scorer has
-    tables of its own, with J = 1.
+    (R+1, V, J) the same for what each of the J `SCORERS` combines and piles up, `slots_per_alarm`
+    (V, J) how many slots above a line make one alarm. A slow scorer has tables of its own, with
+    J = 1.
     """
 
     neutral: Array
@@ -81,6 +86,7 @@ class Calibration(NamedTuple):
     slope: Array
     joint_knots: Array
     joint_slope: Array
+    slots_per_alarm: Array
 
 
 def array_name(scorer: str, table: str) -> str:

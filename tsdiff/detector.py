@@ -67,7 +67,7 @@ class Tables(NamedTuple):
     """Arrays of the bundle beside the model: calibration, band scale (R+1, D), season (R+1, K, D).
 
     The calibration's tables are those of the chosen lag, (R+1, C, Q) and (R+1, C), the joint ones
-    of the chosen scorer, too: (R+1, Q) and (R+1,).
+    of the chosen scorer, too: (R+1, Q), (R+1,) and ().
     """
 
     calibration: Calibration
@@ -188,6 +188,7 @@ class Detector:
         adaptation: how entities go on learning from their readings, if they do.
         window: slots of raw history a slot needs, itself included (W).
         history: slots before the newest one whose streams are needed (H).
+        slots_per_alarm: how many slots above a line make one alarm of normal data.
         streams: raw stream values per slot that are kept as history (S).
         longest_span: slots of an entity that one call of the compiled function can score.
         compilations: how often the function has been traced.
@@ -241,6 +242,7 @@ class Detector:
                     slope=fitted.slope[:, of_lag, :columns],
                     joint_knots=fitted.joint_knots[:, of_lag, of_scorer],
                     joint_slope=fitted.joint_slope[:, of_lag, of_scorer],
+                    slots_per_alarm=fitted.slots_per_alarm[of_lag, of_scorer],
                 ),
                 jnp.asarray(_float(bundle, "band_scale")),
                 jnp.asarray(_float(bundle, "season")),
@@ -254,6 +256,7 @@ class Detector:
             ) from error
         # What a slow scorer costs does not depend on it.
         self._missing = (None,) if slow else _MISSING
+        self.slots_per_alarm = float(self._tables.calibration.slots_per_alarm)
         self._terms = int(self._tables.season.shape[1])
         self.streams = int(self._tables.calibration.neutral.shape[1])
         self._jitted = jax.jit(self._trace, static_argnames=("missing",))
@@ -295,6 +298,12 @@ class Detector:
     def statistics(self, row: int) -> tuple[FloatArray, FloatArray]:
         """Mean and scale (D,) of a row; row -1 is the pooled one."""
         return self._statistics.mean[row].copy(), self._statistics.scale[row].copy()
+
+    def threshold(self, false_alarms_per_entity_week: float) -> float:
+        """Evidence at which the anomaly score is 1, see `calibration.evidence_threshold`."""
+        return calibration.evidence_threshold(
+            false_alarms_per_entity_week, self.period_ms, self.slots_per_alarm
+        )
 
     def longest_runs(self, rows: IntArray) -> Counts:
         """Longest gaps and standstills (n, 2, D) that training saw in these rows (-1: in all)."""

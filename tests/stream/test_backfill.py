@@ -19,7 +19,6 @@ from stream.errors import StreamError
 from stream.records import STATES
 from stream.sinks import ParquetSink
 from tests.stream.conftest import SmallBundle
-from tsdiff.calibration import evidence_threshold
 from tsdiff.config import Adapt
 from tsdiff.detector import HISTORY_SHAPES, SHAPES
 from tsdiff.errors import BundleError
@@ -131,7 +130,7 @@ def test_the_loop_says_what_a_look_at_the_whole_series_says(
         # What the service has not closed yet, it has not scored.
         closed = closed_slots(replace(live, entities=entities), name, lag)
         assert [slot_of(row) for row in found[name]] == list(closed)
-        threshold = evidence_threshold(1.0, PERIOD_MS)
+        threshold = detector.threshold(1.0)
         for row, evidence in zip(found[name], whole.evidence.tolist(), strict=False):
             if row["anomaly_score"] is None:
                 assert np.isnan(evidence)

@@ -209,17 +209,21 @@ def test_scoring_goes_on_where_the_past_ended() -> None:
 def test_a_judged_part_has_every_metric(data: Path) -> None:
     test = trial(loaded(data / "fans").entities[0])
     evidence = np.where(test.labels, 8.0, 0.1).astype(np.float32)
+    rate, rare = 1.0, 1e-6  # lines at evidence 4 and 10
     contribution = np.tile(np.array([0, 0.6, 0.3, 0.1, 0], np.float32), (TEST, 1))
-    metrics = judge(test, Scored(evidence, evidence, contribution), PERIOD_MS, 4.0)
+    metrics = judge(test, Scored(evidence, evidence, contribution, 1.0), PERIOD_MS, rate)
     assert metrics["auc_pr"] == metrics["auc_roc"] == metrics["event_f1"] == 1.0
     assert metrics["delay_slots"] == 1.0  # two of three slots
     assert metrics["root_cause_hit_rate"] == 0.5
     assert metrics["root_cause_hit_rate_150"] == 1.0
-    calm = judge(test, Scored(evidence, evidence, None), PERIOD_MS, 10.0)
+    calm = judge(test, Scored(evidence, evidence, None, 1.0), PERIOD_MS, rare)
     assert calm["event_f1"] == 0.0
     assert math.isnan(calm["root_cause_hit_rate"])
+    # As many slots above a line as that make one alarm.
+    assert judge(test, Scored(evidence, evidence, None, 1e4), PERIOD_MS, rare)["event_f1"] == 1.0
     silent = test._replace(values=np.full_like(test.values, np.nan))
-    assert judge(silent, Scored(evidence, evidence, None), PERIOD_MS, 4.0)["event_recall"] == 0.0
+    heard = judge(silent, Scored(evidence, evidence, None, 1.0), PERIOD_MS, rate)
+    assert heard["event_recall"] == 0.0
 
 
 def test_every_detector_is_run_on_every_judged_entity(
@@ -229,7 +233,7 @@ def test_every_detector_is_run_on_every_judged_entity(
 
     def fit(name: str, labelled: LabelledSet, settings: Settings, seed: int) -> module.Find:
         fits.append((name, seed))
-        return lambda entity, test: Scored(test.values[:, 1], test.values[:, 1], None)
+        return lambda entity, test: Scored(test.values[:, 1], test.values[:, 1], None, 1.0)
 
     monkeypatch.setattr(module, "_fit", fit)
     settings = Settings(("l2", "tsdiff", "kmeansad"), seeds=2)

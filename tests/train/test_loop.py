@@ -145,4 +145,7 @@ def test_held_out_metrics_are_in_the_bundle() -> None:
     metrics = anchor_bundle().manifest.metrics
     assert metrics["held_out_slots"] == 400
     assert 0.85 < metrics["band_coverage"] < 0.95
+    alarms = metrics["alarms_per_entity_week"] * 400 * PERIOD_MS / (7 * 24 * 3600 * 1000)
+    assert alarms == pytest.approx(round(alarms))
+    assert alarms <= 2  # a hundredth was asked for in so short a time
     assert simulate(10, 0).shape == (10, 5)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.scipy.stats import norm
+from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from stream.decide import AlertPolicy, AlertState, step
@@ -22,9 +24,11 @@ from train.metrics import (
     hit_rate,
     roc_auc,
     segments,
+    slots_per_alarm,
     volumes,
     vus_pr,
 )
+from tsdiff.calibration import evidence_threshold
 
 # Expected values are those of TSB-AD's `generate_curve` (version "opt", 250 thresholds) and
 # `find_length_rank` (rank 1) at TheDatumOrg/TSB-AD commit 87630099ea8d.
@@ -244,6 +248,34 @@ def test_events_where_there_is_nothing_to_divide_by() -> None:
     assert math.isnan(normal.event_f1)
     assert normal.false_alarms_per_entity_day == 360.0
     assert math.isnan(event_metrics(drawn("##"), drawn("##"), MINUTE_MS).alarmed)
+
+
+def test_slots_of_an_alarm_are_counted_and_lean_on_the_usual() -> None:
+    calm, cluster = np.full(30, 0.5), np.full(12, 2.4)
+    series = np.concatenate([calm, cluster] * 20)
+    # 20 alarms of 12 slots beside 5 of 8; what goes on at the end is one, too.
+    assert slots_per_alarm([series]) == pytest.approx((20 * 12 + 5 * 8) / 25)
+    assert slots_per_alarm([series[:420], series[420:]]) == slots_per_alarm([series])
+    assert slots_per_alarm([]) == slots_per_alarm([calm]) == 8.0
+
+
+@pytest.mark.parametrize("memory", [0.5, 0.8, 0.95])
+def test_alarms_of_normal_data_are_as_rare_as_was_asked_for(memory: float) -> None:
+    def evidence(slots: int, seed: int) -> NDArray[np.float64]:
+        """Of an autoregressive process, in which one slot is like the last."""
+        noise = np.random.default_rng(seed).standard_normal(slots)
+        values = np.convolve(noise, memory ** np.arange(200))[:slots] * math.sqrt(1 - memory**2)
+        return -np.asarray(norm.logsf(values), np.float64) / math.log(10)
+
+    held_out, stream = evidence(40_000, 1), evidence(1_000_000, 2)
+    rate = 7.0
+    threshold = evidence_threshold(rate, MINUTE_MS, slots_per_alarm([held_out]))
+    weeks = len(stream) * MINUTE_MS / (7 * 24 * 3600 * 1000)
+    asked, raised = rate * weeks, len(segments(alarms(stream / threshold)))
+    assert 0.5 * asked < raised < 2 * asked
+    # Slots taken for alarms, next to none would be raised.
+    of_slots = evidence_threshold(rate, MINUTE_MS, 1.0)
+    assert len(segments(alarms(stream / of_slots))) < 0.3 * asked
 
 
 # -- root causes -------------------------------------------------------------------------------

@@ -160,14 +160,16 @@ def test_what_has_piled_up_depends_on_the_newest_slots_alone() -> None:
 
 
 def test_threshold_is_the_asked_rate() -> None:
-    assert evidence_threshold(1.0, 60_000) == pytest.approx(math.log10(7 * 24 * 60))
-    assert evidence_threshold(1e9, 60_000) == pytest.approx(-math.log10(0.5))
+    assert evidence_threshold(1.0, 60_000, 1.0) == pytest.approx(math.log10(7 * 24 * 60))
+    # Half of the alarms, each of four slots: twice the slots.
+    assert evidence_threshold(0.5, 60_000, 4.0) == pytest.approx(math.log10(7 * 24 * 60 / 2))
+    assert evidence_threshold(1e9, 60_000, 1.0) == pytest.approx(-math.log10(0.5))
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
 def test_threshold_refuses_a_rate_that_is_none(rate: float) -> None:
     with pytest.raises(ValueError, match="positive rate of false alarms"):
-        evidence_threshold(rate, 60_000)
+        evidence_threshold(rate, 60_000, 1.0)
 
 
 def test_samples_that_happen_to_lie_close_do_not_make_a_cliff() -> None:
