@@ -47,6 +47,7 @@ _CUSUM_CAP = 5.0
 _CUSUM_SHARE = 0.25
 _ANCHOR_SHARE = 0.4  # of the anchor's two pieces of evidence, against the network's one
 _LN10 = math.log(10.0)
+_MOST_ALARMED = 0.05  # of the slots, for the sake of alarms
 WEEK_MS = 7 * 24 * 3600 * 1000
 
 
@@ -64,9 +65,12 @@ def evidence_threshold(
             "expected a positive rate of false alarms per entity and week, "
             f"got {false_alarms_per_entity_week}"
         )
-    slots = WEEK_MS / period_ms
+    of_slots = false_alarms_per_entity_week * period_ms / WEEK_MS
+    # Clusters above a line as low as one slot in twenty run into one another, and the alarm never
+    # ends: with slots of hours, slots are what is counted.
+    of_alarms = min(of_slots * slots_per_alarm, _MOST_ALARMED)
     # More than one alarm in two slots is no threshold at all.
-    return -math.log10(min(false_alarms_per_entity_week * slots_per_alarm / slots, 0.5))
+    return -math.log10(min(max(of_slots, of_alarms), 0.5))
 
 
 class Calibration(NamedTuple):

@@ -164,6 +164,9 @@ def test_threshold_is_the_asked_rate() -> None:
     # Half of the alarms, each of four slots: twice the slots.
     assert evidence_threshold(0.5, 60_000, 4.0) == pytest.approx(math.log10(7 * 24 * 60 / 2))
     assert evidence_threshold(1e9, 60_000, 1.0) == pytest.approx(-math.log10(0.5))
+    # With slots of hours alarms are not told from one another any more.
+    assert evidence_threshold(1.0, 6 * 3600_000, 8.0) == pytest.approx(-math.log10(0.05))
+    assert evidence_threshold(1.0, 24 * 3600_000, 8.0) == pytest.approx(math.log10(7))
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.nan, math.inf])
