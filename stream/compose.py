@@ -148,6 +148,7 @@ def scoring_of(model: Model, config: ServiceConfig) -> ScoringConfig:
         period_ms=model.detector.period_ms,
         threshold=model.detector.threshold(config.alerts.false_alarms_per_entity_week),
         policy=policy_of(config),
+        slots_per_alarm=model.detector.slots_per_alarm,
         minimum_deviation=config.alerts.minimum_deviation,
         direction=config.alerts.direction,
         channels=config.outputs.channels,
@@ -171,6 +172,7 @@ def recent_of(model: Model, config: ServiceConfig) -> Recent | None:
         policy_of(config),
         max_entities=metrics.max_entities,
         ttl_s=metrics.entity_ttl_ms / 1000,
+        slots_per_alarm=detector.slots_per_alarm,
     )
 
 
@@ -349,7 +351,7 @@ def reloader_of(
             max_entities=config.metrics.max_entities, top_channels=config.metrics.top_channels
         )
         if recent is not None:
-            recent.policy = policy_of(config)
+            recent.policy, recent.slots_per_alarm = policy_of(config), detector.slots_per_alarm
             recent.budget(config.metrics.max_entities)
         metrics.model_info(model.bundle.version, period_ms=grid.period_ms, window=detector.window)
         if "log.level" in new.changed:

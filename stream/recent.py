@@ -95,11 +95,13 @@ class Recent:
         *,
         max_entities: int,
         ttl_s: float,
+        slots_per_alarm: float = 1.0,
         cell_bytes: int = CELL_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout
         self.policy = policy
+        self.slots_per_alarm = slots_per_alarm
         self._max_entities = max_entities
         self._ttl_s = ttl_s
         self._clock = clock

@@ -22,7 +22,7 @@ from stream.records import (
     ChannelState,
     SlotScore,
 )
-from stream.words import Change, summary
+from stream.words import Change, Terms, summary
 
 
 class Detection(Protocol):
@@ -76,6 +76,8 @@ class ScoringConfig:
     threshold: float
     """Evidence at which `anomaly_score` is 1 (`tsdiff.calibration.evidence_threshold`)."""
     policy: AlertPolicy
+    slots_per_alarm: float = 1.0
+    """How many slots above a line make one alarm of normal data (`tsdiff.detector.Detector`)."""
     minimum_deviation: float = 0.0
     """Least distance from the expected value, in half widths of the band, for a slot to count."""
     direction: str = "both"
@@ -256,6 +258,7 @@ def _judge(
     far = _far_enough(closing, scored, config)
     broken: list[list[bool]] = np.any(closing.faulty, axis=2).tolist()
     period_ms = config.period_ms
+    terms = Terms(len(names), period_ms, config.policy, config.slots_per_alarm)
     entities = [buffer.entity(row) for row in closing.rows.tolist()]
     for t in range(closing.present.shape[1]):
         slot = closing.first_slot + t
@@ -314,7 +317,7 @@ def _judge(
                     channels=verdict.channels,
                     model=config.model,
                     faulty=faulty,
-                    summary=summary(change, len(names), period_ms, config.policy),
+                    summary=summary(change, terms),
                 )
             )
 

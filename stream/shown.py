@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from stream.recent import UNKNOWN, Float32, Past, Recent
 from stream.records import STATES, UNSETTLED, AlertEvent, State
-from stream.words import present
+from stream.words import Terms, present
 
 Record = dict[str, Any]
 
@@ -57,12 +57,13 @@ def entity(recent: Recent, name: str, match: str = "") -> Record | None:
     known = np.flatnonzero(np.isfinite(past.scores) | (past.states != UNKNOWN))
     changes = [(int(past.slots[i]) * period_ms, state) for i, state in _runs(past.states)]
     depth = len(recent.layout.channels)
+    terms = Terms(depth, period_ms, recent.policy, recent.slots_per_alarm)
     return {
         "entity": name,
         "state": record.state,
         "anomaly_score": _rounded(record.anomaly_score),
         "timestamp_ms": record.timestamp_ms,
-        "summary": present(record, _since(changes), depth, period_ms, recent.policy),
+        "summary": present(record, _since(changes), terms),
         "faulty": dict(record.faulty),
         "imputed_ratio": _rounded(record.imputed_ratio),
         "model": record.model,

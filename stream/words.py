@@ -24,29 +24,36 @@ class Change(NamedTuple):
     faulty_before: Mapping[str, ChannelState]
 
 
-def summary(change: Change, channels: int, period_ms: int, policy: AlertPolicy) -> str:
-    """Say what changed; `channels` is how many the entity has. No full stop at the end."""
+class Terms(NamedTuple):
+    """What is the same for all entities: how many channels each has, and what an alarm is."""
+
+    channels: int
+    period_ms: int
+    policy: AlertPolicy
+    slots_per_alarm: float
+
+
+def summary(change: Change, terms: Terms) -> str:
+    """Say what changed. No full stop at the end."""
     score, previous, since_ms, faulty_before = change
     said = []
     if score.state != previous:
-        said.append(_new_state(score, previous, since_ms, channels, period_ms, policy))
+        said.append(_new_state(score, previous, since_ms, terms))
     said += broken(score, faulty_before)
     # What is masked while an entity warms up has not been mended.
     said += _mended(score, faulty_before) if score.state != "warming" else ()
     return ". ".join(said)
 
 
-def present(
-    score: SlotScore, since_ms: int, channels: int, period_ms: int, policy: AlertPolicy
-) -> str:
+def present(score: SlotScore, since_ms: int, terms: Terms) -> str:
     """Say how an entity is now, which has been in its state since `since_ms`."""
     said = []
     faults = list(broken(score, {}))
-    calm = score.anomaly_score is not None and score.anomaly_score <= policy.trigger
+    calm = score.anomaly_score is not None and score.anomaly_score <= terms.policy.trigger
     if faults and calm and score.state == "ok":
-        return f"{'. '.join(faults)}. All else is as usual{_number(score, policy)}"
+        return f"{'. '.join(faults)}. All else is as usual{_number(score, terms.policy)}"
     if score.state in ("stale", "warming"):
-        said.append(_new_state(score, "ok", since_ms, channels, period_ms, policy))
+        said.append(_new_state(score, "ok", since_ms, terms))
     elif score.anomaly_score is None or not score.channels:
         what = "nothing can be said" if score.anomaly_score is None else "nothing unusual"
         when = moment_text(score.timestamp_ms, dated=False)
@@ -54,29 +61,22 @@ def present(
     else:
         alerting = score.state in ("pending", "firing")
         start_ms = since_ms if alerting else score.timestamp_ms
-        said.append(headline(_event(score, start_ms, channels, period_ms, policy)))
+        said.append(headline(_event(score, start_ms, terms)))
     return ". ".join([*said, *faults])
 
 
-def _new_state(
-    score: SlotScore,
-    previous: State,
-    since_ms: int,
-    channels: int,
-    period_ms: int,
-    policy: AlertPolicy,
-) -> str:
+def _new_state(score: SlotScore, previous: State, since_ms: int, terms: Terms) -> str:
     name = score.entity
-    lasted = duration_text(max(score.timestamp_ms - since_ms, period_ms))
+    lasted = duration_text(max(score.timestamp_ms - since_ms, terms.period_ms))
     match score.state:
         case "pending" | "firing":
             # The slots that were pending are part of what fires; anything before is another story.
             start_ms = since_ms if previous == "pending" else score.timestamp_ms
-            return headline(_event(score, start_ms, channels, period_ms, policy))
+            return headline(_event(score, start_ms, terms))
         case "recovering":
-            return f"{name} is calm again after {lasted}{_number(score, policy)}"
+            return f"{name} is calm again after {lasted}{_number(score, terms.policy)}"
         case "stale":
-            silent = duration_text(policy.stale_after_slots * period_ms)
+            silent = duration_text(terms.policy.stale_after_slots * terms.period_ms)
             return f"{name} has sent no readings for {silent} or longer"
         case "warming":
             return f"{name} is warming up, and has no scores until its window is full"
@@ -105,21 +105,20 @@ def _number(score: SlotScore, policy: AlertPolicy) -> str:
     return f": the anomaly score is {score.anomaly_score:.2f}, the threshold {policy.trigger:g}"
 
 
-def _event(
-    score: SlotScore, start_ms: int, channels: int, period_ms: int, policy: AlertPolicy
-) -> Event:
+def _event(score: SlotScore, start_ms: int, terms: Terms) -> Event:
     """Put one slot into the form of `tsdiff.explain`; it goes on, as far as is known."""
     return Event(
         entity=score.entity,
         deviations=tuple(_deviation(name, cell) for name, cell in score.channels.items()),
-        channels=channels,
+        channels=terms.channels,
         start_ms=start_ms,
-        end_ms=score.timestamp_ms + period_ms,
+        end_ms=score.timestamp_ms + terms.period_ms,
         ongoing=score.state in ("pending", "firing"),
-        period_ms=period_ms,
+        period_ms=terms.period_ms,
         anomaly_score=score.anomaly_score or 0.0,
         p_value=1.0 if score.p_value is None else score.p_value,
-        threshold=policy.trigger,
+        threshold=terms.policy.trigger,
+        slots_per_alarm=terms.slots_per_alarm,
         latest=score.state in ("pending", "firing"),
     )
 

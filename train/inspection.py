@@ -65,6 +65,7 @@ class Scores:
     start: int
     stop: int
     threshold: float
+    slots_per_alarm: float
     evidence: FloatArray
     anomaly_score: FloatArray
     expected: FloatArray
@@ -210,6 +211,7 @@ def score_stretch(detector: Detector, series: Series, start: int, stop: int) -> 
         start=start,
         stop=stop,
         threshold=threshold,
+        slots_per_alarm=detector.slots_per_alarm,
         evidence=evidence,
         anomaly_score=(evidence / threshold).astype(np.float32),
         expected=found.expected,
@@ -419,6 +421,7 @@ def _event(
         period_ms=period_ms,
         anomaly_score=highest / scores.threshold,
         p_value=10.0**-highest,
+        slots_per_alarm=scores.slots_per_alarm,
         steps=series.steps,
     )
 

@@ -3,8 +3,8 @@
 Pure: an `Event` in, sentences out. A channel's "usual error" is half the width of its 90 % band.
 
     disk_w and disk_wa on machine-1-6 have been up to 4.1 times their usual error above what the
-    other 36 channels imply since 12:04 UTC; about one such slot per 9 entity-weeks is expected by
-    chance
+    other 36 channels imply since 12:04 UTC; about one such stretch per 9 entity-weeks is expected
+    by chance
 """
 
 import math
@@ -83,9 +83,10 @@ class Event:
 
     `deviations` are all channels or those that contribute most, in any order; `channels` is how
     many the entity has. `anomaly_score` and `p_value` are those of the rarest slot; from
-    `threshold` on the event is unusual. `steps` says that times count periods, not from 1970.
-    `latest` says that `deviations` and numbers are those of the last slot alone, as live: how far
-    off the slots before it were is not known any more.
+    `threshold` on the event is unusual, and `slots_per_alarm` such slots make one alarm. `steps`
+    says that times count periods, not from 1970. `latest` says that `deviations` and numbers are
+    those of the last slot alone, as live: how far off the slots before it were is not known any
+    more.
     """
 
     entity: str
@@ -98,6 +99,7 @@ class Event:
     anomaly_score: float
     p_value: float
     threshold: float = 1.0
+    slots_per_alarm: float = 1.0
     steps: bool = False
     latest: bool = False
 
@@ -166,7 +168,7 @@ def _what_happened(event: Event, *, dated: bool) -> str:
         )
     else:
         what = f"{_who_is_off(guilty, event)}{', unusual' if event.latest else ''} {when}"
-    return f"{what}; {rarity(event.p_value, event.period_ms)}"
+    return f"{what}; {rarity(event.p_value / event.slots_per_alarm, event.period_ms)}"
 
 
 def _who_is_off(guilty: Sequence[Deviation], event: Event) -> str:
@@ -252,13 +254,13 @@ def times_text(times: float) -> str:
 
 
 def rarity(p_value: float, period_ms: int) -> str:
-    """Say how often chance alone brings a slot as rare as one in `1 / p_value`."""
+    """Say how often chance alone brings what begins in one of `1 / p_value` slots."""
     span_ms = period_ms / p_value if p_value > 0 else math.inf
     if span_ms >= _MILLENNIUM_YEARS * _UNITS_MS["year"]:
-        return "less than one such slot in a thousand entity-years is expected by chance"
+        return "less than one such stretch in a thousand entity-years is expected by chance"
     count, unit = _in_largest_unit(span_ms)
     per = f"entity-{unit}" if count == 1 else f"{count:,} entity-{unit}s"
-    return f"about one such slot per {per} is expected by chance"
+    return f"about one such stretch per {per} is expected by chance"
 
 
 def _in_largest_unit(span_ms: float) -> tuple[int, str]:

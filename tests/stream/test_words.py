@@ -10,15 +10,15 @@ from stream.compose import load_model
 from stream.config import load_config
 from stream.decide import AlertPolicy
 from stream.records import ChannelScore, ChannelState, SlotScore, State
-from stream.words import Change, present, summary
+from stream.words import Change, Terms, present, summary
 from tests.stream.conftest import SmallBundle
 from tests.stream.test_faulty import run
 
 MINUTE = 60_000
 NOON = 1_795_435_200_000  # 2026-11-23 12:00 UTC
-NINE_WEEKS = 1 / (9 * 7 * 24 * 60)
-POLICY = AlertPolicy()
-RARE = "about one such slot per 9 entity-weeks is expected by chance"
+NINE_WEEKS = 8 / (9 * 7 * 24 * 60)  # slots, of which eight make one stretch
+TERMS = Terms(38, MINUTE, AlertPolicy(), slots_per_alarm=8.0)
+RARE = "about one such stretch per 9 entity-weeks is expected by chance"
 
 
 def cell(off: float | None, share: float) -> ChannelScore:
@@ -43,7 +43,7 @@ def slot(state: State, number: float | None = 1.4, **faulty: ChannelState) -> Sl
 def said(score: SlotScore, previous: State, minutes: int = 1, **before: ChannelState) -> str:
     """Say what changed, from a state that had begun so many minutes before the slot."""
     since_ms = score.timestamp_ms - minutes * MINUTE
-    return summary(Change(score, previous, since_ms, before), 38, MINUTE, POLICY)
+    return summary(Change(score, previous, since_ms, before), TERMS)
 
 
 OFF = (
@@ -112,7 +112,7 @@ def test_a_slot_may_say_several_things() -> None:
 def test_how_an_entity_is_now() -> None:
     def now(score: SlotScore, minutes: int = 3) -> str:
         since_ms = score.timestamp_ms - minutes * MINUTE
-        return present(score, since_ms, 38, MINUTE, POLICY)
+        return present(score, since_ms, TERMS)
 
     assert now(slot("firing")) == f"{OFF} 12:02 UTC; {RARE}"
     assert now(slot("ok", 0.3)).startswith(

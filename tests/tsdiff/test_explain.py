@@ -45,7 +45,7 @@ def event(*deviations: Deviation, **changes: Any) -> Event:  # noqa: ANN401
     return replace(usual, **changes)
 
 
-RARE = "; about one such slot per 9 entity-weeks is expected by chance"
+RARE = "; about one such stretch per 9 entity-weeks is expected by chance"
 SINCE = "since 12:04 UTC"
 
 
@@ -231,7 +231,7 @@ def test_nothing_unusual() -> None:
         end_ms=NOON + 5 * MINUTE,
     )
     what = "nothing unusual on machine-1-6 at 12:04 UTC: the anomaly score is 0.31, the threshold 1"
-    rare = "about one such slot per 40 entity-minutes is expected by chance"
+    rare = "about one such stretch per 40 entity-minutes is expected by chance"
     assert headline(calm) == f"{what}; {rare}"
     said = paragraph(calm)
     assert said.startswith("Nothing unusual on machine-1-6 at 2026-11-23 12:04 UTC")
@@ -243,7 +243,7 @@ def test_unusual_together_though_each_is_in_its_band() -> None:
     said = paragraph(event(channel("a", 0.8, 0.6), channel("b", -0.7, 0.4)))
     assert said.startswith(
         "The channels of machine-1-6 are unusual together since 2026-11-23 12:04 UTC, though none "
-        "is outside its 90 % band by itself; a contributes most; about one such slot"
+        "is outside its 90 % band by itself; a contributes most; about one such stretch"
     )
 
 
@@ -286,20 +286,20 @@ def test_a_band_of_no_width() -> None:
 @pytest.mark.parametrize(
     ("span", "period_ms", "said"),
     [
-        (1, MINUTE, "about one such slot per 60 entity-seconds"),
-        (1, 1000, "about one such slot per entity-second"),
-        (2, MINUTE, "about one such slot per 2 entity-minutes"),
-        (118.7, MINUTE, "about one such slot per 2 entity-hours"),
-        (119, 1000, "about one such slot per 2 entity-minutes"),
-        (40, MINUTE, "about one such slot per 40 entity-minutes"),
-        (47 * 60, MINUTE, "about one such slot per 2 entity-days"),
-        (WEEK_IN_MINUTES, MINUTE, "about one such slot per 7 entity-days"),
-        (9 * WEEK_IN_MINUTES, MINUTE, "about one such slot per 9 entity-weeks"),
-        (3 * WEEK_IN_MINUTES, 60 * MINUTE, "about one such slot per 3 entity-years"),
-        (523 * 365.25 * 1440, MINUTE, "about one such slot per 520 entity-years"),
-        (1000 * 365.25 * 1440, MINUTE, "less than one such slot in a thousand entity-years"),
-        (1e30, MINUTE, "less than one such slot in a thousand entity-years"),
-        (math.inf, MINUTE, "less than one such slot in a thousand entity-years"),
+        (1, MINUTE, "about one such stretch per 60 entity-seconds"),
+        (1, 1000, "about one such stretch per entity-second"),
+        (2, MINUTE, "about one such stretch per 2 entity-minutes"),
+        (118.7, MINUTE, "about one such stretch per 2 entity-hours"),
+        (119, 1000, "about one such stretch per 2 entity-minutes"),
+        (40, MINUTE, "about one such stretch per 40 entity-minutes"),
+        (47 * 60, MINUTE, "about one such stretch per 2 entity-days"),
+        (WEEK_IN_MINUTES, MINUTE, "about one such stretch per 7 entity-days"),
+        (9 * WEEK_IN_MINUTES, MINUTE, "about one such stretch per 9 entity-weeks"),
+        (3 * WEEK_IN_MINUTES, 60 * MINUTE, "about one such stretch per 3 entity-years"),
+        (523 * 365.25 * 1440, MINUTE, "about one such stretch per 520 entity-years"),
+        (1000 * 365.25 * 1440, MINUTE, "less than one such stretch in a thousand entity-years"),
+        (1e30, MINUTE, "less than one such stretch in a thousand entity-years"),
+        (math.inf, MINUTE, "less than one such stretch in a thousand entity-years"),
     ],
 )
 def test_rarity(span: float, period_ms: int, said: str) -> None:
