@@ -55,6 +55,7 @@ from stream.simulate import (
     simulate_fleet,
 )
 from tsdiff.bundle import Bundle, save_bundle
+from tsdiff.calibration import WEEK_MS
 from tsdiff.history import History
 
 DAY_SLOTS: Final = 288
@@ -345,8 +346,7 @@ def run_demo(
 
 def _simulate(plan: Plan, seed: int, entities: int, now: float) -> Fleet:
     slots = plan.history_slots + plan.live_slots
-    week_ms = 7 * 24 * 3600 * 1000
-    end_ms = int(now * 1000) // week_ms * week_ms
+    end_ms = int(now * 1000) // WEEK_MS * WEEK_MS
     start_ms = (end_ms // plan.period_ms - slots) * plan.period_ms
     fleet = simulate_fleet(
         entities, period_ms=plan.period_ms, slots=slots, start_ms=start_ms, seed=seed

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from train.data import Dataset
-from train.metrics import alarms, segments, slots_per_alarm
+from train.metrics import count_alarms, slots_per_alarm
 from tsdiff import calibration, scorers
 from tsdiff.calibration import WEEK_MS, Calibration
 from tsdiff.detector import history_slots
@@ -139,15 +139,15 @@ def calibrate(model: Model, dataset: Dataset, reader: Reader) -> Fitted:
     )
     own_evidence = [of_scorers[0] for of_scorers in each[0][1]]
     evidence = np.concatenate(own_evidence)
+    weeks = len(evidence) * dataset.period_ms / WEEK_MS
     line = calibration.evidence_threshold(1.0, dataset.period_ms, float(slots[0][0]))
-    raised = sum(len(segments(alarms(part / line))) for part in own_evidence)
     band_scale, coverage = _fit_bands(held_out, before)
     metrics = {
         "held_out_slots": float(len(evidence)),
         "band_coverage": coverage,
         "share_above_evidence_3": float((evidence > 3.0).mean()),
         "largest_evidence": float(evidence.max()),
-        "alarms_per_entity_week": raised * WEEK_MS / (len(evidence) * dataset.period_ms),
+        "alarms_per_entity_week": count_alarms(own_evidence, line) / weeks,
     }
     return Fitted(tables, band_scale, metrics)
 

@@ -58,14 +58,11 @@ class Series:
 class Scores:
     """Slots `start` to before `stop` of a series, scored; where nothing arrived, the score is NaN.
 
-    `evidence` (T,), divided by `threshold` it is the `anomaly_score` (T,); the rest as in
-    `tsdiff.detector.Detection`, of one entity.
+    `evidence`, `anomaly_score` (T,); the rest as in `tsdiff.detector.Detection`, of one entity.
     """
 
     start: int
     stop: int
-    threshold: float
-    slots_per_alarm: float
     evidence: FloatArray
     anomaly_score: FloatArray
     expected: FloatArray
@@ -210,8 +207,6 @@ def score_stretch(detector: Detector, series: Series, start: int, stop: int) -> 
     return Scores(
         start=start,
         stop=stop,
-        threshold=threshold,
-        slots_per_alarm=detector.slots_per_alarm,
         evidence=evidence,
         anomaly_score=(evidence / threshold).astype(np.float32),
         expected=found.expected,
@@ -292,7 +287,7 @@ def inspect_moment(
         span = without_echo(series, scores, stretch, detector.history)
     evidence = scores.evidence[slice(*(stretch or span))]
     highest = float(np.nanmax(evidence)) if np.isfinite(evidence).any() else 0.0
-    event = _event(bundle, series, scores, span, highest, period_ms)
+    event = _event(detector, series, scores, span, highest)
     text = paragraph(event)
     if stretch is not None and span != stretch:
         last = told(int(series.numbers[scores.start + stretch[1] - 1]))
@@ -374,13 +369,10 @@ def without_echo(
 
 
 def _event(
-    bundle: Bundle,
-    series: Series,
-    scores: Scores,
-    span: tuple[int, int],
-    highest: float,
-    period_ms: int,
+    detector: Detector, series: Series, scores: Scores, span: tuple[int, int], highest: float
 ) -> Event:
+    bundle, period_ms = detector.bundle, detector.period_ms
+    threshold = detector.threshold(_FALSE_ALARMS_PER_ENTITY_WEEK)
     part = slice(*span)
     begin, end = scores.start + span[0], scores.start + span[1]
     observed, before = series.values[begin:end], series.values[:begin]
@@ -417,11 +409,11 @@ def _event(
         start_ms=int(series.numbers[begin]) * period_ms,
         end_ms=(int(series.numbers[end - 1]) + 1) * period_ms,
         # Whether it goes on behind the last slot, nobody knows yet.
-        ongoing=highest > scores.threshold and end == len(series.values),
+        ongoing=highest > threshold and end == len(series.values),
         period_ms=period_ms,
-        anomaly_score=highest / scores.threshold,
+        anomaly_score=highest / threshold,
         p_value=10.0**-highest,
-        slots_per_alarm=scores.slots_per_alarm,
+        slots_per_alarm=detector.slots_per_alarm,
         steps=series.steps,
     )
 

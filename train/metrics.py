@@ -210,6 +210,11 @@ def alarms(anomaly_score: NDArray[np.floating]) -> BoolArray:
     return np.asarray(began > ended)
 
 
+def count_alarms(evidence: Sequence[NDArray[np.floating]], line: float) -> int:
+    """How many alarms series (T,) of evidence raise where an anomaly score of 1 is at `line`."""
+    return sum(len(segments(alarms(each / line))) for each in evidence)
+
+
 # Evidence that one of 200 normal slots has: held-out parts have some dozen alarms at it, at what is
 # asked for none or one. And what telemetry was seen to have there, for parts with few.
 _CLUSTER_EVIDENCE = 2.3
@@ -222,7 +227,7 @@ def slots_per_alarm(evidence: Sequence[NDArray[np.floating]]) -> float:
     Shrunk to what is usual where there are few: 8 slots of five server and water sets.
     """
     above = sum(int((each > _CLUSTER_EVIDENCE).sum()) for each in evidence)
-    count = sum(len(segments(alarms(each / _CLUSTER_EVIDENCE))) for each in evidence)
+    count = count_alarms(evidence, _CLUSTER_EVIDENCE)
     return (above + _USUAL_SLOTS * _USUAL_ALARMS) / (count + _USUAL_ALARMS)
 
 
